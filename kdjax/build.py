@@ -1,0 +1,209 @@
+"""From a config to what a job computes with: models, data, the step's recipe, and where all of it lies.
+
+Every check that needs no training is made here, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import data, optim
+from kdjax.config import Config
+from kdjax.errors import UserError
+from kdjax.evaluate import sums_of
+from kdjax.models import Model, ModelFile, ModelSpec, open_model, select_layers
+from kdjax.sharding import Placement, placement
+from kdjax.step import Recipe, TrainState, init_state, step
+from kdjax.teacher import live_teacher, no_teacher
+
+Open = Callable[[str], ModelFile]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model, its weights on disk (None: random ones), and a line that names it."""
+
+    model: Model
+    file: ModelFile | None
+    name: str
+
+    def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
+        """Return the parameters, each read or drawn straight to where it lies."""
+        axes = self.model.logical_axes()
+        if self.file is not None:
+            return place.load(self.file.tensors, axes, dtype)
+        where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
+        return jax.jit(self.model.init, out_shardings=where)(key)
+
+    def identity(self, seed: int) -> str:
+        """Return ``SOURCE HASH``, by which a checkpoint names weights that it does not hold."""
+        return (
+            f"random seed-{seed}-{self.model.config}"
+            if self.file is None
+            else f"{self.file.source} {self.file.sha256()}"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training and evaluation share; nothing in it changes."""
+
+    config: Config
+    place: Placement
+    student: Named
+    teacher: Named | None
+    tokenizer: data.Tokenizer
+    data: data.Data
+    recipe: Recipe
+
+    @property
+    def keys(self) -> tuple[jax.Array, jax.Array]:
+        """Keys of the random parameters of student and teacher: never the same, or a student would start perfect."""
+        student, teacher = jax.random.split(jax.random.key(self.config.seed))
+        return student, teacher
+
+    def frozen(self) -> dict[str, Any]:
+        """Return the trees that are used but not trained, in their compute dtype."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": self.teacher.params(self.place, self.keys[1], self.teacher.model.dtype)}
+
+    def frozen_names(self) -> dict[str, str]:
+        """Return the identity of each frozen tree."""
+        return {} if self.teacher is None else {"teacher": self.teacher.identity(self.config.seed)}
+
+    def start(self) -> TrainState:
+        """Return the state before the first step."""
+        params = self.student.params(self.place, self.keys[0])
+        return jax.jit(partial(init_state, self.recipe), out_shardings=self.shardings, donate_argnums=0)(params)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, dtypes and places."""
+        shapes = jax.eval_shape(lambda key: init_state(self.recipe, self.student.model.init(key)), self.keys[0])
+        where = self.place.state_shardings(shapes, {"student": self.student.model.logical_axes()})
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+    @property
+    def shardings(self) -> Any:
+        """The state's places."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    @cached_property
+    def step(self) -> Callable[..., Any]:
+        """The placed ``step(state, frozen, batch) -> (state, metrics)``."""
+        # With alpha 1 the teacher only measures: training does not run it.
+        alone = replace(self.recipe, signal_of=no_teacher) if self.recipe.objective.alpha == 1 else self.recipe
+        return self.place.compile_step(partial(step, recipe=alone), self.shardings)
+
+    @cached_property
+    def learning_rates(self) -> np.ndarray:
+        """The learning rate of each update."""
+        rate = optim.schedule(self.config.optim, self.config.steps)
+        return np.asarray(jax.vmap(rate)(jnp.arange(self.config.steps)))
+
+    @cached_property
+    def sums(self) -> Callable[..., Any]:
+        """The placed ``sums(params, frozen, batch)`` of evaluation."""
+        return self.place.compile_sums(partial(sums_of, recipe=self.recipe))
+
+
+def models(config: Config, place: Placement, open_file: Open = open_model) -> tuple[Named, Named | None]:
+    """Return student and teacher.
+
+    Raises:
+        UserError: a model that is not there or does not load, or two vocabularies that differ.
+    """
+    teacher = None if config.teacher is None else _named(config.teacher, place, open_file, None)
+    student = _named(config.student, place, open_file, teacher)
+    if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
+        sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
+        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
+    return student, teacher
+
+
+def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | None) -> Named:
+    file, architecture, name = None, spec.architecture, "random"
+    if spec.source == "teacher" and teacher is not None:
+        file, architecture, name = teacher.file, teacher.model.config, teacher.name
+        if file is None:
+            raise UserError("student.source is 'teacher' but the teacher is random; give the student an architecture")
+    elif spec.source != "random":
+        file = open_file(spec.source)
+        architecture, name = file.config, spec.source
+    if spec.keep_layers:
+        if file is None:
+            raise UserError("keep_layers cuts layers out of a model, but source is 'random'; set architecture.layers")
+        file = select_layers(file, spec.keep_layers)
+        architecture, name = file.config, f"{name}, layers {','.join(map(str, spec.keep_layers))}"
+    return Named(Model(architecture, spec.dtype, spec.remat, layout=place.constrain), file, name)
+
+
+def build(config: Config) -> Job:
+    """Return the job of a config, all that can be checked beforehand checked.
+
+    Raises:
+        UserError: whatever of the config cannot be.
+    """
+    place = placement(config.mesh)
+    place.check_batch(config.batch_size, config.microbatches)
+    student, teacher = models(config, place)
+    _check_length(config, student, teacher)
+    tokenizer = _tokenizer(config, student, teacher)
+    data.check_fits(tokenizer, student.model.config.vocab_size)
+    loader = data.build(
+        config.data,
+        tokenizer,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))
+
+
+def _check_length(config: Config, student: Named, teacher: Named | None) -> None:
+    length = config.data.sequence_length
+    for who, named in (("student", student), ("teacher", teacher)):
+        if named is not None and length > named.model.config.max_positions:
+            raise UserError(
+                f"data.sequence_length is {length} but the {who} was made for {named.model.config.max_positions} "
+                "positions at most; lower it"
+            )
+
+
+def recipe(config: Config, place: Placement, student: Named, teacher: Named | None) -> Recipe:
+    """Return what the step is made of."""
+    params = {"student": jax.eval_shape(student.model.init, jax.random.key(0))}
+    return Recipe(
+        model=student.model,
+        objective=config.objective,
+        optimizer=optim.optimizer(config.optim, config.steps, params),
+        signal_of=no_teacher if teacher is None else live_teacher(teacher.model),
+        microbatches=config.microbatches,
+        seed=config.seed,
+        shard=place.shard_loss,
+        axis_name=place.axis_name,
+    )
+
+
+def _tokenizer(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:
+    """Return the configured tokenizer, or the one that comes with a model; two that differ are refused."""
+    paths = [m.file.tokenizer for m in (teacher, student) if m is not None and m.file is not None and m.file.tokenizer]
+    found = [data.load_tokenizer(path) for path in dict.fromkeys(paths)]
+    if len({tokenizer.sha256 for tokenizer in found}) > 1:
+        raise UserError(
+            f"student and teacher have different tokenizers ({paths[1]}, {paths[0]}): their probabilities are of "
+            "different tokens; use models that share one"
+        )
+    if config.data.tokenizer:
+        return data.load_tokenizer(config.data.tokenizer)
+    if not found:
+        raise UserError("no model brings a tokenizer; set data.tokenizer to 'bytes' or to a tokenizer.json")
+    return found[0]

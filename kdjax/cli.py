@@ -1,0 +1,221 @@
+"""The door: one subcommand, one function. Bad input becomes one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from kdjax import __version__
+from kdjax.errors import UserError, did_you_mean
+
+INTERRUPTED = 130
+"""The exit code of a command that was ended by SIGINT."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    _speak_plainly()
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
+    except BrokenPipeError:  # whoever read the output has gone; Python would complain once more when it closes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except RuntimeError as error:  # XLA has no narrower class for this
+        if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
+            raise
+        _say(f"the device is out of memory ({str(error).splitlines()[0]}); lower batch_size, or raise microbatches")
+        return 2
+
+
+def _run(given: list[str]) -> int:
+    parser, commands = _parser()
+    if not given:
+        raise UserError(f"which command? {', '.join(commands)}; kdjax --help says what each does")
+    if not given[0].startswith("-") and given[0] not in commands:
+        raise UserError(f"unknown command {given[0]!r}{did_you_mean(given[0], commands)}")
+    try:
+        options, flags = parser.parse_known_args(given)
+        if flags and options.run is not _train:
+            raise UserError(f"unknown argument {flags[0]!r}; see kdjax {options.command} --help")
+        return options.run(options, flags) or 0
+    except SystemExit as stop:  # after --help or --version
+        return int(stop.code or 0)
+
+
+def _say(text: str) -> None:
+    print(f"kdjax: {' '.join(text.split())}", file=sys.stderr)
+
+
+class _OneLine(logging.Handler):
+    """Shows each record of kdjax as one line on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the record."""
+        _say(record.getMessage())
+
+
+def _speak_plainly() -> None:
+    """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
+    log = logging.getLogger("kdjax")
+    log.handlers, log.propagate = [_OneLine()], False
+    logging.getLogger("kdjax.train").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    import jax
+    from rich.console import Console
+
+    from kdjax import config as configs
+    from kdjax.console import final_table
+    from kdjax.report import write_report
+    from kdjax.train import Stopped, train
+
+    if options.config is None and {"-h", "--help"} & set(flags):
+        options.print_help()
+        return 0
+    if options.config is None:
+        known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
+        raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
+    config = configs.override(configs.load(options.config), flags, f"kdjax train {options.config} [--run-dir DIR]")
+    default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
+    directory = options.run_dir or default
+    try:
+        summary = train(config, directory)
+    except Stopped as stopped:
+        _say(str(stopped))
+        return stopped.exit_code
+    if jax.process_index() != 0:  # one of a job's processes speaks
+        return 0
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(final_table(summary))
+    for note in config.notes:
+        console.print(note)
+    console.print(f"report: {write_report([directory], directory / 'report.html')}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.console import final_table
+    from kdjax.jobs import evaluate_run
+    from kdjax.summary import named_figures
+
+    figures = evaluate_run(options.run_dir)
+    if options.json:
+        print((options.run_dir / "evaluation.json").read_text("utf-8"), end="")
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(final_table(named_figures(figures, "after")))
+    console.print(f"{figures['tokens']:,.0f} held-out tokens, SHA-256 {figures['held_out_sha256'][:16]}")
+    console.print(f"figures: {options.run_dir / 'evaluation.json'}")
+
+
+def _generate(options: argparse.Namespace, flags: list[str]) -> None:
+    from kdjax.jobs import generate_text
+
+    print(
+        generate_text(
+            options.model,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            chat=options.chat,
+        )
+    )
+
+
+def _export(options: argparse.Namespace, flags: list[str]) -> None:
+    from kdjax.jobs import export_run
+
+    print(export_run(options.model, options.out))
+
+
+def _report(options: argparse.Namespace, flags: list[str]) -> None:
+    from kdjax.report import default_out, write_report
+
+    print(write_report(options.runs, options.out or default_out(options.runs)))
+
+
+def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
+    from kdjax.models.fetch import fetch
+
+    fetch(options.name)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are those of the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint as bad input."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser, and that of each command by name."""
+    parser = _Parser("kdjax", description="Distil large language models into smaller and faster ones.")
+    parser.add_argument("--version", action="version", version=f"kdjax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace, list[str]], int | None], text: str
+    ) -> argparse.ArgumentParser:
+        # The help of train with a config is about the config's flags.
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=run is not _train)
+        command.set_defaults(run=run, print_help=command.print_help)
+        return command
+
+    train = add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on")
+    train.usage = "kdjax train CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
+    train.epilog = "`kdjax train CONFIG --help` lists the fields of the config with their values."
+    train.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
+    )
+    train.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
+    )
+    evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN")
+    evaluate.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    generate = add("generate", _generate, "continue a prompt with a run or a model")
+    generate.add_argument("model", metavar="RUN_OR_MODEL")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    export = add("export", _export, "write a run's model as a Hugging Face directory")
+    export.add_argument("model", metavar="RUN")
+    export.add_argument("out", type=Path, metavar="OUT_DIR")
+    report = add("report", _report, "write one HTML page on a run, or several compared")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")
+    fetch = add("fetch", _fetch, "get a known model into the cache")
+    fetch.add_argument("name")
+    return parser, commands.choices

@@ -1,0 +1,288 @@
+"""A run's whole configuration: gathers the parts' own configs, reads recipes and flags, and saves itself as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from kdjax.checkpoint import CheckpointConfig
+from kdjax.data import DataConfig
+from kdjax.errors import UserError, did_you_mean
+from kdjax.losses import ObjectiveConfig
+from kdjax.models.config import ModelSpec
+from kdjax.optim import OptimConfig
+from kdjax.sharding import MeshConfig
+
+LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "microbatches": 1,
+    "seed": 0,
+    "eval_every": 0,
+    "abort_after": 1,
+    "prompt_tokens": 1,
+}
+"""The lowest value of each number of the config's own."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes. A recipe in configs/ returns one from ``get_config()``."""
+
+    name: str = "run"
+    """The run directory is runs/NAME unless --run-dir says otherwise."""
+    student: ModelSpec = ModelSpec()
+    """The model that is trained."""
+    teacher: ModelSpec | None = None
+    """The model that is distilled; none means pre-training."""
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int = 100
+    """Batches to train on."""
+    batch_size: int = 8
+    """Rows of a batch, over all devices and microbatches."""
+    microbatches: int = 1
+    """Parts into which a batch is split to save memory; the result is the same."""
+    seed: int = 0
+    """Of random parameters and dropout (the data has its own)."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0 evaluates before the first and after the last step only."""
+    abort_after: int = 10
+    """Stop when this many updates in a row had to be left out because loss or gradient was not finite."""
+    prompt: str = ""
+    """Continued greedily by every model at the end; empty leaves that out."""
+    prompt_tokens: int = 40
+    """Length of these continuations."""
+    notes: tuple[str, ...] = ()
+    """Lines shown at the end: what the result means, what to try next."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted at least {least}")
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}; wanted below 2**32")
+        if self.teacher is None and self.student.source == "teacher":
+            raise UserError(
+                "student.source is 'teacher' but the config has no teacher; name one or choose another source"
+            )
+        if self.teacher is not None and self.teacher.source == "teacher":
+            raise UserError("teacher.source is 'teacher'; name a model (a directory, a known name, a run) or 'random'")
+
+
+def load(target: str) -> Config:
+    """Return the config of a recipe (.py with get_config()), a saved config.json, or a run directory.
+
+    Raises:
+        UserError: no such file, or not a config.
+    """
+    path = Path(target)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"no config at {str(path)!r}: wanted a recipe (.py), a config.json or a run directory{_nearest(target)}"
+        )
+    return _from_recipe(path) if path.suffix == ".py" else from_json(_text(path), str(path))
+
+
+def recipes() -> list[str]:
+    """Return the recipes in configs/ here, by name."""
+    return [str(path) for path in sorted(Path("configs").glob("*.py"))]
+
+
+def _nearest(target: str) -> str:
+    return did_you_mean(target, recipes()) if recipes() else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}; wanted a recipe (.py) or a config.json") from error
+
+
+def _from_recipe(path: Path) -> Config:
+    """Return what get_config() of a recipe returns, its types checked as those of a config.json are."""
+    with _failing_as_user_error(path):
+        get_config = runpy.run_path(str(path)).get("get_config")
+    if not callable(get_config):
+        raise UserError(f"{path} has no get_config(); wanted a function that returns a kdjax.config.Config")
+    with _failing_as_user_error(path):
+        config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returned {type(config).__name__}; wanted a kdjax.config.Config")
+    with _failing_as_user_error(path):
+        text = json.dumps(dataclasses.asdict(config), default=os.fspath)
+    return from_json(text, str(path))
+
+
+@contextlib.contextmanager
+def _failing_as_user_error(path: Path) -> Iterator[None]:
+    """Raise whatever a recipe raises as one line, with the recipe's line that it came from."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path} line {lines[-1]}" if lines else str(path)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{where}: {kind}{error}{_nearest_field(str(error))}") from error
+
+
+def _nearest_field(message: str) -> str:
+    """Return `did you mean` for a constructor's unexpected keyword, searched in the class that it names."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    parts = {part.__name__: part for part in _parts(Config)}
+    if not match or match[1] not in parts:
+        return ""
+    return did_you_mean(match[2], [field.name for field in dataclasses.fields(parts[match[1]])])
+
+
+def _parts(kind: Any) -> list[Any]:
+    """Return a dataclass and the dataclasses within it, at any depth."""
+    if get_args(kind):
+        return [part for argument in get_args(kind) for part in _parts(argument)]
+    if not dataclasses.is_dataclass(kind):
+        return []
+    return [kind, *(part for hint in get_type_hints(kind).values() for part in _parts(hint))]
+
+
+def override(config: Config, flags: Sequence[str], command: str) -> Config:
+    """Return the config with dotted flags applied: ``--optim.learning-rate 1e-4``. ``--help`` prints all and exits.
+
+    Flags of a teacher give one to a config that has none.
+
+    Raises:
+        UserError: an unknown flag, with the nearest name, or a value that does not fit.
+    """
+    if config.teacher is None and any(flag.startswith("--teacher.") for flag in flags):
+        config = dataclasses.replace(config, teacher=ModelSpec())
+    _refuse_unknown(config, flags)
+    wrong = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(wrong):
+            # Otherwise an optional part (the teacher) would be a subcommand, and --teacher.source unknown.
+            return tyro.cli(
+                Config, default=config, args=list(flags), prog=command, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(wrong.getvalue())) from None
+
+
+def _refuse_unknown(config: Config, flags: Sequence[str]) -> None:
+    """Raise for the first flag that no field has, with the nearest that one has."""
+    values = _flat(dataclasses.asdict(config))
+    switches = [re.sub(r"(\w+)$", r"no_\1", name) for name, value in values.items() if isinstance(value, bool)]
+    known = [_flag(name) for name in ("help", *values, *switches)]
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and _flag(name) not in known:
+            near = get_close_matches(_flag(name), known, n=1)
+            raise UserError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+def _one_line(box: str) -> str:
+    """Return the words of tyro's framed message, without the frame, its heading and its closing advice."""
+    words = re.sub(r"╭.*╮", "", box).split("For full helptext")[0].split("Argument helptext")[0]
+    line = " ".join(re.sub(r"[─-╿]+", " ", words).split())
+    return re.sub(r"^Error parsing (?!--)\S+: ", "", line).rstrip(".") + "; --help lists all flags"
+
+
+def to_json(config: Config) -> str:
+    """Return the config as JSON that `from_json` reads back to an equal config."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str, where: str = "config") -> Config:
+    """Return the config saved as `text`; fields that it lacks have their defaults.
+
+    Raises:
+        UserError: not JSON, an unknown field (with the nearest name), or a value of the wrong type.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    return _typed(Config, tree, where, "")
+
+
+def _join(name: str, field: str) -> str:
+    return f"{name}.{field}" if name else field
+
+
+def _typed(kind: Any, value: Any, where: str, name: str) -> Any:
+    """Return a value that JSON gave as the `kind` that the field `name` has.
+
+    Raises:
+        UserError: it is none.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # a part, or None
+        return None if value is None else _typed(arguments[0], value, where, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {name} is {value!r}; wanted one of {', '.join(arguments)}")
+        return value
+    wanted = origin or (kind if kind in WORDS else dict)
+    came = {list: tuple}.get(type(value), type(value))
+    if came is not wanted and (came, wanted) != (int, float):
+        raise UserError(f"{where}: {name or 'all of it'} is {value!r}; wanted {WORDS[wanted]}")
+    if wanted is tuple:
+        return tuple(_typed(arguments[0], inner, where, name) for inner in value)
+    if wanted is not dict:
+        return wanted(value)
+    hints = get_type_hints(kind)
+    for unknown in value.keys() - hints.keys():
+        raise UserError(f"{where}: unknown field {_join(name, unknown)!r}{did_you_mean(unknown, hints)}")
+    return kind(**{key: _typed(hints[key], inner, where, _join(name, key)) for key, inner in value.items()})
+
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    tuple: "a list",
+    dict: "an object",
+}
+"""What a kind of value is called."""
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return ``field: old -> new`` for every field in which two configs differ."""
+    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in sorted(left | right)
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

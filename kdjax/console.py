@@ -1,0 +1,202 @@
+"""What a run shows on the console: the progress line while it trains, and the table when it is done.
+
+Text of models and prompts comes from strangers: it is never read as markup, and its control characters are made
+visible.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box, progress
+from rich.console import Console, Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+MISSING = "–"
+
+
+def finite(value: Any) -> float | None:
+    """Return a finite number as a float, anything else as None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= sys.float_info.max else None
+
+
+def amount(value: Any) -> str:
+    """Return a number with as many decimals as one reads: ``1.534``, ``44.13``, ``252.3``, ``51,234``."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    size = abs(number)
+    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
+    return f"{number:,.{decimals}f}"
+
+
+def percent(value: Any) -> str:
+    """Return a share as ``39.6 %``."""
+    number = finite(value)
+    return MISSING if number is None else f"{100 * number:.1f} %"
+
+
+def count(value: Any) -> str:
+    """Return a whole number: ``134.5 M``, or ``12,345`` below a million."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.1f} {letter}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: Any) -> str:
+    """Return seconds as ``2:14`` or ``1:02:14``."""
+    number = finite(seconds)
+    if number is None:
+        return MISSING
+    minutes, rest = divmod(round(number), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def visible(text: Any) -> str:
+    """Return text whose control characters, lone surrogates and text-direction marks are written as escapes."""
+    return "".join(c.encode("unicode_escape").decode() if _is_hidden(c) else c for c in str(text))
+
+
+def _is_hidden(c: str) -> bool:
+    is_direction = unicodedata.bidirectional(c) in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return is_direction or (unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t")
+
+
+EVALUATION = {
+    "eval_kl": ("KL to teacher", amount),
+    "eval_agreement": ("agreement", percent),
+    "eval_perplexity": ("perplexity", amount),
+}
+"""What is shown of an evaluation's row: label and format."""
+
+
+class Progress:
+    """A writer for people: a live line on a terminal; elsewhere a plain line every few seconds and at the last step."""
+
+    def __init__(
+        self,
+        steps: int,
+        eta: Callable[[int], float],
+        *,
+        start: int = 0,
+        console: Console | None = None,
+        every_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps, self._eta, self._every, self._clock = steps, eta, every_seconds, clock
+        self._console = console or Console()
+        self._began, self._printed = clock(), -math.inf
+        self._live = self._start_line(start) if self._console.is_interactive else None
+
+    def _start_line(self, start: int) -> progress.Progress:
+        """Return the running live line; its one task is 0."""
+
+        def text(fmt: str) -> progress.TextColumn:
+            return progress.TextColumn(fmt, table_column=Column(no_wrap=True, overflow="ellipsis"))
+
+        bar = progress.BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6))
+        live = progress.Progress(
+            text("step {task.completed:,}/{task.total:,}"),
+            bar,
+            text("{task.fields[now]}"),
+            console=self._console,
+            expand=True,
+        )
+        live.add_task("", total=self._steps, completed=start, now="compiling …")
+        live.start()
+        return live
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Show the row."""
+        if "loss" in row:
+            self._show_step(step, row)
+        if any(name in row for name in EVALUATION):
+            figures = [f"{label} {show(row[name])}" for name, (label, show) in EVALUATION.items() if name in row]
+            self._print(f"step {step:,} held out: " + "  ".join(figures))
+
+    def _show_step(self, step: int, row: Mapping[str, Any]) -> None:
+        now = self._clock()
+        is_last = step >= self._steps
+        names = ("loss", "ce", "kd") if "kd" in row else ("loss",)
+        parts = [f"{name} {row[name]:.3f}" for name in names if name in row]
+        if finite(row.get("tokens_per_second")):
+            parts.append(f"{count(row['tokens_per_second'])} tokens/s")
+        if row.get("skipped"):
+            parts.append(f"skipped {row['skipped']:.0f}")
+        left = f"in {duration(now - self._began)}" if is_last else f"eta {duration(self._eta(self._steps - step))}"
+        line = "  ".join([*parts, left])
+        if self._live:
+            self._live.update(progress.TaskID(0), completed=step, now=line, refresh=is_last)
+        elif is_last or now - self._printed >= self._every:
+            self._printed = now
+            self._print(f"step {step:,}/{self._steps:,}  {line}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop the live line; what it showed last stays."""
+        if self._live:
+            self._live.stop()
+
+
+Figures = Mapping[str, tuple[str, Callable[[Any], str]]]
+
+FIGURES: Figures = {
+    "perplexity": ("perplexity_{}", amount),
+    "KL to teacher\n(nats)": ("kl_{}", amount),
+    "top-1\nagreement": ("agreement_{}", percent),
+    "parameters": ("parameters_{}", count),
+    "tokens/s": ("tokens_per_second_{}", count),
+}
+"""Columns of the closing table: heading, key of the summary with a place for whose it is, format."""
+
+
+def comparison(summary: Mapping[str, Any], figures: Figures = FIGURES) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows (teacher, student before, student after) of a summary's figures, as text.
+
+    Rows and columns of which nothing is known are left out: a pre-trained model has no teacher.
+    """
+    rows = {
+        "teacher": ("teacher",),
+        "student before": ("before", "student"),
+        "student after": ("after", "student"),
+    }
+
+    def cell(key: str, show: Callable[[Any], str], of: tuple[str, ...]) -> str:
+        return next((show(summary[key.format(who)]) for who in of if key.format(who) in summary), MISSING)
+
+    table = [[name, *(cell(*figure, of) for figure in figures.values())] for name, of in rows.items()]
+    table = [row for row in table if set(row[1:]) != {MISSING}]
+    headings = ["", *figures]
+    known = [i for i in range(len(headings)) if i == 0 or any(row[i] != MISSING for row in table)]
+    return [headings[i] for i in known], [[row[i] for i in known] for row in table]
+
+
+def final_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Return the closing table: teacher, student before and after; then how each continued the same prompt."""
+    headings, rows = comparison(summary)
+    figures = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in headings:
+        figures.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for row in rows:
+        figures.add_row(*map(Text, row), style="bold" if row is rows[-1] else "")
+    said = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
+    said.add_column(style="dim", no_wrap=True)
+    said.add_column(overflow="fold")
+    texts = summary.get("continuations") or {}
+    for who, text in ({"prompt": summary.get("prompt", "")} | texts if texts else {}).items():
+        said.add_row(Text(visible(who)), Text(visible(text).strip()))
+    return Group(*(part for table in (figures, said) if table.row_count for part in (table, "")))

@@ -1,0 +1,82 @@
+"""What the data part can be told; the one place where its settings are checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from kdjax.errors import UserError
+
+Packing = Literal["concat", "first_fit"]
+
+
+_LIMITS = {
+    "sequence_length": (2, math.inf),
+    "eval_fraction": (0.0, 0.999),
+    "eval_tokens": (1, math.inf),
+    "dedupe_ngram": (0, math.inf),
+    "max_bad_rows": (0, math.inf),
+    "max_shards": (1, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text to train on, how it is cut into rows, and what is held out."""
+
+    sources: tuple[str, ...] = ("python_docs",)
+    """Where examples come from: `python_docs`, `text:PATH`, `jsonl:PATH`, `parquet:PATH` (a PATH may be a glob),
+    `tfds:NAME_OR_DIRECTORY` or `tfds:NAME_OR_DIRECTORY@SPLIT`."""
+    weights: tuple[float, ...] = ()
+    """Share of the examples drawn from each source; empty takes all examples together, each once an epoch."""
+    tokenizer: str = ""
+    """Empty takes the model's; `bytes`, a tokenizer.json, or a directory that has one."""
+    chat_template: str = ""
+    """A file with a jinja template for `messages`; empty takes the tokenizer's own, or ChatML."""
+    sequence_length: int = 256
+    """Tokens of a row."""
+    packing: Packing = "concat"
+    """`concat` wastes nothing, and a long document goes on in the next row; `first_fit` never cuts an example, which
+    prompts with answers and messages need."""
+    eval_fraction: float = 0.05
+    """Share of the documents held out for evaluation, chosen by a hash of their text; 0 holds out none."""
+    eval_tokens: int = 16_384
+    """Tokens of held-out text that an evaluation reads, at most."""
+    dedupe_ngram: int = 13
+    """Held-out documents that share so many words in a row with a training document are dropped; 0 keeps them, and
+    saves reading all text a second time at the start."""
+    split_seed: int = 0
+    """Of the choice of held-out documents."""
+    seed: int = 0
+    """Of the order, so that runs with other orders still share their held-out text."""
+    text_field: str = "text"
+    """The column of plain text. An example is the first of messages, prompt with answer, or text that a row has; an
+    empty name leaves that kind out."""
+    prompt_field: str = "prompt"
+    """The column of prompts, which carry no loss."""
+    answer_field: str = "answer"
+    """The column of answers, which carry the loss."""
+    messages_field: str = "messages"
+    """The column of conversations (lists of role and content); the loss is on the assistant's turns."""
+    max_bad_rows: int = 0
+    """Unreadable or over-long rows that are skipped and counted before they are an error."""
+    max_shards: int = 64
+    """Most pieces that the data is dealt into; a run may use as many processes, and change their number."""
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, (low, high) in _LIMITS.items():
+            if not low <= values[name] <= high:
+                bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise UserError(f"data.{name} is {values[name]}; it must be {bound}")
+        if self.packing not in get_args(Packing):
+            raise UserError(f"data.packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
+        if not self.sources:
+            raise UserError("data.sources is empty; name at least one, python_docs for example")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise UserError(f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources")
+        if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
+            raise UserError(
+                f"data.weights is {self.weights}; each must be above 0 (leave a source out to give it none)"
+            )

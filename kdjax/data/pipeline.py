@@ -1,0 +1,262 @@
+"""The stream of batches: sources, split, shards and packing put together, resumable to the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from kdjax.data import packing
+from kdjax.data.config import DataConfig
+from kdjax.data.examples import encode_example, to_example
+from kdjax.data.holdout import Rows, split_documents
+from kdjax.data.packing import Row, to_batch
+from kdjax.data.prefetch import ahead
+from kdjax.data.shards import Layout, lay_out, local_rows
+from kdjax.data.sources import Source, open_source
+from kdjax.data.tokenizers import Tokenizer
+from kdjax.errors import UserError
+from kdjax.shapes import Batch
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+"""Where a stream stands, as JSON: `step`, `data` (what it is a stream of) and `shards` (the place in each)."""
+
+Place = tuple[int, int]
+"""Which source, and which row of it."""
+
+Encode = Callable[[Place], dict[str, np.ndarray] | None]
+"""The tokens and weights of the example at a place; None where it is skipped."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows as grain wants a source: random access to each `Place`."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Place:
+        return int(self.rows[index, 0]), int(self.rows[index, 1])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A stream of training batches, and the held-out ones.
+
+    Attributes:
+        layout: which shards are this process's.
+        shard: the endless rows of a shard.
+        held_out: the rows of an evaluation.
+        identity: what a saved state must agree with.
+        train_documents: how many documents an epoch has.
+        held_out_documents: how many are kept from training.
+        held_out_dropped: how many of those overlap with the training text, so that nothing reads them.
+        held_out_hash: SHA-256 of the rows of an evaluation; empty without any.
+    """
+
+    layout: Layout
+    shard: Callable[[int], grain.IterDataset]
+    held_out: Sequence[Row]
+    identity: dict[str, Any]
+    train_documents: int
+    held_out_documents: int
+    held_out_dropped: int
+    held_out_hash: str
+
+    def train(self, state: State | None = None, *, prefetch: int = 2) -> Iterator[tuple[Batch, State]]:
+        """Return the endless (batch, state after it); a state given back here goes on with the batch that follows.
+
+        Each batch has this process's rows. Batches are made up to `prefetch` ahead in a thread; 0 makes them on call.
+
+        Raises:
+            UserError: the state is of other data, or lacks shards of this process.
+        """
+        step, iterators = self._restored(state)
+        batches = self._batches(step, iterators)
+        return ahead(batches, prefetch) if prefetch else batches
+
+    def evaluation(self, batch_size: int) -> list[Batch]:
+        """Return this process's rows of the held-out batches; the last one is filled up with rows of weight 0.
+
+        Raises:
+            UserError: the batch size does not split over the processes.
+        """
+        mine = local_rows(batch_size, self.layout.process_index, self.layout.process_count)
+        rows = list(self.held_out)
+        if rows:
+            rows += [packing.empty_row(len(rows[0]["tokens"]))] * (-len(rows) % batch_size)
+        starts = range(0, len(rows), batch_size)
+        return [to_batch([rows[start + row] for row in mine]) for start in starts]
+
+    def _restored(self, state: State | None) -> tuple[int, dict[int, grain.DatasetIterator]]:
+        iterators = {number: iter(self.shard(number)) for number in self.layout.own}
+        if not state:
+            return 0, iterators
+        for name, value in self.identity.items():
+            if (saved := state["data"].get(name)) != value:
+                raise UserError(
+                    f"the saved position is of data with {name} {saved}, this run's is {value}; "
+                    "change it back, or start a new run directory"
+                )
+        if missing := [number for number in iterators if str(number) not in state["shards"]]:
+            raise UserError(f"the saved position lacks data shards {missing}; merge the states of all processes")
+        for number, iterator in iterators.items():
+            packing.set_state(iterator, state["shards"][str(number)])
+        return state["step"], iterators
+
+    def _batches(
+        self, step: int, iterators: dict[int, grain.DatasetIterator]
+    ) -> Generator[tuple[Batch, State], None, None]:
+        places = {str(number): packing.get_state(iterator) for number, iterator in iterators.items()}
+
+        def take(turn: tuple[int, int]) -> tuple[list[Row], dict[str, Any]]:
+            number, count = turn
+            return [next(iterators[number]) for _ in range(count)], packing.get_state(iterators[number])
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for done in itertools.count(step):
+                turn = self.layout.turn(done)
+                taken = list(pool.map(take, turn.items()))
+                places = places | {str(number): place for number, (_, place) in zip(turn, taken, strict=True)}
+                batch = to_batch([row for rows, _ in taken for row in rows])
+                yield batch, {"step": done + 1, "data": self.identity, "shards": places}
+
+
+def build(
+    config: DataConfig, tokenizer: Tokenizer, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Data:
+    """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
+
+    `batch_size` counts the rows of all processes.
+
+    Raises:
+        UserError: bad settings, unreadable or empty data, or a batch that does not split.
+    """
+    tokenizer = _with_template(tokenizer, config.chat_template)
+    sources = [open_source(name) for name in config.sources]
+    split = split_documents(sources, config)
+    if config.packing == "concat" and (cut := split.kinds - {"text"}):
+        raise UserError(
+            f"packing 'concat' would cut a prompt from its answer (the data has {', '.join(sorted(cut))}); "
+            "set data.packing to first_fit"
+        )
+    groups = list(split.train) if config.weights else [np.concatenate(split.train)]
+    layout = lay_out(batch_size, min(config.max_shards, *map(len, groups)), process_index, process_count)
+    documents = sum(map(len, groups))
+    encode = _encoder(sources, config, tokenizer, documents)
+    held_out = _evaluation_rows(split.held_out, encode, config)
+    identity = {
+        **{name: getattr(config, name) for name in ("packing", "sequence_length", "seed", "split_seed")},
+        **{"weights": list(config.weights), "batch_size": batch_size, "shards": layout.shards},
+        **{"train_documents": documents, "documents": split.sha256[:16]},
+        "tokenizer": hashlib.sha256((tokenizer.sha256 + tokenizer.chat_template).encode()).hexdigest()[:16],
+    }
+    return Data(
+        layout=layout,
+        shard=functools.partial(_shard, groups, layout.shards, encode, config),
+        held_out=held_out,
+        identity=identity,
+        train_documents=documents,
+        held_out_documents=split.held_out_documents,
+        held_out_dropped=split.held_out_dropped,
+        held_out_hash=_hash(held_out),
+    )
+
+
+def _shard(groups: Sequence[Rows], shards: int, encode: Encode, config: DataConfig, number: int) -> grain.IterDataset:
+    """Return the endless packed rows of one shard. Each epoch deals all documents anew, each to one shard."""
+    parts = [
+        grain.MapDataset.source(Places(group)).shuffle(seed=_seed(config.seed, stream))[number::shards].repeat()
+        for stream, group in enumerate(groups)
+    ]
+    mixed = grain.MapDataset.mix(parts, config.weights) if config.weights else parts[0]
+    return packing.pack(
+        mixed.map(encode), config.packing, config.sequence_length, _seed(config.seed, len(groups) + number)
+    )
+
+
+def merge_states(states: Sequence[State]) -> State:
+    """Return the state of a run from those of its processes, which any number of processes can go on from.
+
+    Raises:
+        UserError: they are of different steps or different data.
+    """
+    first = states[0]
+    for state in states[1:]:
+        if (state["step"], state["data"]) != (first["step"], first["data"]):
+            raise UserError(f"the processes' saved positions differ: step {first['step']} and {state['step']}")
+    return {**first, "shards": {name: place for state in states for name, place in state["shards"].items()}}
+
+
+def _with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
+    if not path:
+        return tokenizer
+    try:
+        return dataclasses.replace(tokenizer, chat_template=Path(path).expanduser().read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"data.chat_template {path} cannot be read: {error}") from None
+
+
+def _encoder(sources: Sequence[Source], config: DataConfig, tokenizer: Tokenizer, documents: int) -> Encode:
+    """Return the map from (source, row) to tokens and weights; None skips a bad row, while they are few enough."""
+    bad: set[tuple[int, int]] = set()
+
+    def encode(place: Place) -> dict[str, np.ndarray] | None:
+        number, row = place
+        source = sources[number]
+        where = source.where(row)
+        try:
+            encoded = encode_example(to_example(source.record(row), config, where), tokenizer)
+            if config.packing == "first_fit" and len(encoded["tokens"]) > config.sequence_length:
+                raise UserError(
+                    f"it has {len(encoded['tokens'])} tokens, more than data.sequence_length "
+                    f"{config.sequence_length}; raise that, or shorten the row"
+                )
+            return encoded
+        except UserError as error:
+            if place not in bad:
+                log.warning("skipped %s: %s", where, error)
+            bad.add(place)
+            if len(bad) > config.max_bad_rows or len(bad) >= documents:
+                raise UserError(f"{where}: {error}; data.max_bad_rows lets such rows be skipped") from None
+            return None
+
+    return encode
+
+
+def _evaluation_rows(held_out: Rows, encode: Encode, config: DataConfig) -> list[Row]:
+    if not len(held_out):
+        return []
+    rows = packing.pack(grain.MapDataset.source(Places(held_out)).map(encode), config.packing, config.sequence_length)
+    wanted = max(1, config.eval_tokens // config.sequence_length)
+    if not (found := list(itertools.islice(rows, wanted))):
+        raise UserError("every held-out row is too long to evaluate on; raise data.sequence_length")
+    return found
+
+
+def _seed(seed: int, stream: int) -> int:
+    """Return a seed of 32 bits for one stream of a run; grain counts up from it, so neighbours must lie far apart."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest(), "big")
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for name in ("tokens", "tokens_segment_ids", "weight"):
+            digest.update(np.ascontiguousarray(row[name], "<f4" if name == "weight" else "<i4").tobytes())
+    return digest.hexdigest() if rows else ""

@@ -1,0 +1,65 @@
+"""Sums over a held-out split: cross entropy of both models, divergence to the teacher, agreement."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kdjax.losses import ObjectiveConfig
+from kdjax.metrics import means
+from kdjax.models import Model
+from kdjax.shapes import Array, Batch, View
+from kdjax.step import Recipe, loss_sums
+
+
+def sums_of(params: Any, frozen: Any, batch: Batch, recipe: Recipe) -> dict[str, Array]:
+    """Return a batch's summed cross entropies (nats), KL(teacher ‖ student) at temperature 1, agreements and tokens."""
+    objective = ObjectiveConfig(alpha=0.0, chunk_tokens=recipe.objective.chunk_tokens)
+    _, parts = loss_sums(replace(recipe, objective=objective), params, frozen, batch)
+    sums = parts | {"ce_tokens": jnp.sum(batch.ce_weight_BR), "kd_tokens": jnp.sum(batch.kd_weight_BR)}
+    if recipe.axis_name is None:
+        return sums
+    return jax.tree.map(lambda x: lax.psum(x, recipe.axis_name), sums)
+
+
+def evaluate(sums_of: Callable[[Batch], dict[str, Array]], batches: Iterable[Batch]) -> dict[str, float]:
+    """Return figures of a whole split, each a sum over all tokens divided once.
+
+    Args:
+        sums_of: the placed `sums_of` of one batch on the mesh.
+        batches: the split, on the mesh.
+
+    Returns:
+        `ce`, `perplexity` = exp(summed CE / tokens), `tokens`, `seconds`; with a teacher also `kl` (nats a token),
+        `agreement`, `teacher_ce` and `teacher_perplexity`.
+    """
+    began, sums = time.perf_counter(), Counter()
+    for batch in batches:
+        sums.update({name: float(value) for name, value in sums_of(batch).items()})
+    tokens, pairs = sums["ce_tokens"], {"ce": (sums["ce"], sums["ce_tokens"])}
+    if "kd" in sums:
+        pairs |= {
+            "kl": (sums["kd"], sums["kd_tokens"]),
+            "agreement": (sums["agreement"], sums["kd_tokens"]),
+            "teacher_ce": (sums["teacher_ce"], sums["ce_tokens"]),
+        }
+    return means(pairs) | {"tokens": tokens, "seconds": time.perf_counter() - began}
+
+
+def forward_speed(model: Model, params: Any, view: View, repeats: int = 3) -> float:
+    """Return tokens a second of the model's forward pass (hidden states, no head), the best of some repeats."""
+    forward = jax.jit(lambda params, view: jnp.sum(model.apply(params, view).hidden_BTD.astype(jnp.float32)))
+    forward(params, view).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        forward(params, view).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return view.tokens_BT.size / best

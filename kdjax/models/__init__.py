@@ -1,0 +1,22 @@
+"""Models: one Transformer, a table of families, and weights from files, lazily."""
+
+from kdjax.models.attention import Cache
+from kdjax.models.config import ModelConfig, ModelSpec
+from kdjax.models.convert import export
+from kdjax.models.model_file import LazyTensor, ModelFile, select_layers
+from kdjax.models.open import open_model
+from kdjax.models.transformer import TAPS, Model, parameter_count
+
+__all__ = [
+    "TAPS",
+    "Cache",
+    "LazyTensor",
+    "Model",
+    "ModelConfig",
+    "ModelFile",
+    "ModelSpec",
+    "export",
+    "open_model",
+    "parameter_count",
+    "select_layers",
+]

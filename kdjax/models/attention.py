@@ -1,0 +1,74 @@
+"""Who sees whom, and the attention kernel. Every kernel is a callable `(q_BTHK, k_BSGK, v_BSGK, sight) -> BTHK`.
+
+A model takes such a callable as its field `attention`, so that one which works across devices can stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.shapes import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sight:
+    """What each query may see: itself and earlier keys of its own segment.
+
+    Padding is segment 0 and sees itself like any other segment, so no row of the mask is empty and none gives NaN.
+
+    Attributes:
+        query_segment_BT: segments of the queries.
+        key_segment_BS: segments of the keys; without a cache, those of the queries.
+        mask_B1TS: the same as a mask, built once a batch; a kernel that goes by segments leaves it unread.
+    """
+
+    query_segment_BT: Array
+    key_segment_BS: Array
+    mask_B1TS: Array
+
+
+Attention = Callable[[Array, Array, Array, Sight], Array]
+
+
+def see(query_segment_BT: Array, key_segment_BS: Array, first_slot: Array | int = 0) -> Sight:
+    """Return the sight of queries that stand at `first_slot` and after among the keys."""
+    tokens, slots = query_segment_BT.shape[1], key_segment_BS.shape[1]
+    earlier_TS = (first_slot + jnp.arange(tokens))[:, None] >= jnp.arange(slots)[None, :]
+    same_BTS = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
+    return Sight(query_segment_BT, key_segment_BS, (same_BTS & earlier_TS[None])[:, None])
+
+
+def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Sight) -> Array:
+    """Return scaled dot-product attention, softmax in float32: cuDNN's flash kernel where it can, XLA elsewhere."""
+    implementation = "cudnn" if _cudnn_can(q_BTHK, k_BSGK) else "xla"
+    return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=sight.mask_B1TS, implementation=implementation)
+
+
+def _cudnn_can(q_BTHK: Array, k_BSGK: Array) -> bool:
+    """Whether cuDNN takes these shapes on every GPU since Ampere (head widths above 128 need Hopper)."""
+    tokens, slots, head_width = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[-1]
+    fits = head_width <= 128 and head_width % 8 == 0 and tokens == slots and tokens % 2 == 0
+    return fits and q_BTHK.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, for decoding.
+
+    Attributes:
+        k_LBSGK: keys as attention sees them, in the compute dtype.
+        v_LBSGK: values.
+        segment_BS: the segment in each slot; 0 is padding or not filled yet.
+        used: how many slots are filled, a scalar.
+    """
+
+    k_LBSGK: Array
+    v_LBSGK: Array
+    segment_BS: Array
+    used: Array

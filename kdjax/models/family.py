@@ -1,0 +1,150 @@
+"""What a family of models is: how its config.json reads and writes, and where each weight lies in its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdjax.errors import UserError
+from kdjax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where one of our parameters lies on disk, both layouts written in the letters of `kdjax.shapes`.
+
+    ``Weight("layers.{}.self_attn.q_proj.weight", "HK,D", "DHK")``: for each layer a matrix on disk whose rows are heads
+    times head width and whose columns are the model width; our parameter has the axes D, H, K.
+
+    Attributes:
+        name: the tensor's name, ``{}`` standing for the layer.
+        disk: the dimensions on disk, each one letter, or several joined to one; ``3`` counts the parts fused into it.
+        ours: the letters of our parameter, without the leading L.
+        part: which of the fused parts this is.
+    """
+
+    name: str
+    disk: str
+    ours: str
+    part: int | None = None
+
+    def names(self, layers: int) -> list[str]:
+        """Return the tensor's name in each of so many layers, or the one name."""
+        return [self.name.format(layer) for layer in range(layers)] if "{}" in self.name else [self.name]
+
+    def disk_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Return the tensor's shape on disk."""
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self.disk.split(","))
+
+    def from_disk(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+        """Return our parameter, of one layer, as a view of the tensor on disk."""
+        whole = tensor.reshape([sizes[letter] for letter in self._axes])
+        if self.part is not None:
+            whole = np.moveaxis(whole, self._axes.index("3"), 0)[self.part]
+        return whole.transpose([self._own_axes.index(letter) for letter in self.ours])
+
+    def to_disk(self, parts: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+        """Return the tensor on disk made of our parameter of one layer, or of all those that are fused into it."""
+        laid = [part.transpose([self.ours.index(letter) for letter in self._own_axes]) for part in parts]
+        whole = laid[0] if self.part is None else np.stack(laid, axis=self._axes.index("3"))
+        return whole.reshape(self.disk_shape(sizes))
+
+    @property
+    def _axes(self) -> str:
+        return self.disk.replace(",", "")
+
+    @property
+    def _own_axes(self) -> str:
+        return self._axes.replace("3", "")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of `registry.FAMILIES`.
+
+    Attributes:
+        config_from_hf: config.json -> ours; raises UserError for what the Transformer here does not compute.
+        config_to_hf: ours -> config.json.
+        weights: parameter path, ``layers/attention/q/kernel`` -> where it lies.
+        prefix: what some checkpoints leave out at the beginning of names.
+        ignored: a regular expression of names, prefix aside, that hold nothing to load: buffers of old versions, and
+            the copy of a tied head.
+    """
+
+    config_from_hf: Callable[[dict[str, Any]], ModelConfig]
+    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
+    weights: dict[str, Weight]
+    prefix: str
+    ignored: str
+
+
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+    """Return the size of each letter that weights are written in."""
+    return {
+        "D": config.width,
+        "H": config.heads,
+        "G": config.kv_heads,
+        "K": config.head_width,
+        "F": config.mlp_width,
+        "V": config.vocab_size,
+        "T": config.max_positions,
+        "3": 3,
+    }
+
+
+LARGEST = 2**31
+"""No number of a config.json is as large; sizes beyond would not fit an index."""
+
+HF_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Hugging Face's name of an activation -> ours; of two names the first is written."""
+
+
+def hf_activation(name: str) -> str:
+    """Return Hugging Face's name of an activation of ours."""
+    return next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == name)
+
+
+def read_activation(hf: dict[str, Any], key: str, default: str) -> Any:
+    """Return our name of the activation that a config.json asks for."""
+    name = read(hf, key, str, default)
+    if name not in HF_ACTIVATIONS:
+        raise UserError(f"{key} is {name!r}; wanted one of {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[name]
+
+
+def read(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Return a value of a config.json, checked for its kind; `default` where it is absent or null.
+
+    Raises:
+        UserError: it is of another kind, a number out of range, or absent without a default.
+    """
+    value = hf.get(key)
+    if value is None:
+        if default is None:
+            raise UserError(f"{key} is missing")
+        return default
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{key} is {value!r}; wanted a value of type {kind.__name__}")
+    if kind in (int, float) and not 0 < value < LARGEST:
+        raise UserError(f"{key} is {value!r}; wanted a positive number below {LARGEST:,}")
+    return value
+
+
+def refuse_others(hf: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
+    """Check that each key is absent or has one of the values that are computed here; others would load wrongly."""
+    for key, values in allowed.items():
+        if key in hf and hf[key] not in values:
+            wanted = " or ".join("null" if value is None else repr(value) for value in values)
+            raise UserError(f"{key} is {hf[key]!r}, which kdjax does not compute; wanted {wanted}")

@@ -1,0 +1,114 @@
+"""A model on disk whose weights are read when and where they are needed, part by part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax.errors import UserError
+from kdjax.models.config import ModelConfig
+
+Index = tuple[slice, ...]
+
+HASHED_AT_ONCE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """An array that is not read yet; a leaf in a tree of parameters.
+
+    Attributes:
+        shape: of the whole.
+        read: gives the part at an index, a slice for each axis, as a float32 array of its own.
+        dtype: of what `read` gives.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def all(self) -> np.ndarray:
+        """Return the whole array."""
+        return self.read((slice(None),) * len(self.shape))
+
+
+def lazy(array: np.ndarray) -> LazyTensor:
+    """Return an array (a mapped file, say) as a LazyTensor."""
+    return LazyTensor(tuple(array.shape), lambda index: np.array(array[index], np.float32, order="C"))
+
+
+def stacked(layers: Sequence[LazyTensor]) -> LazyTensor:
+    """Return one tensor with a leading axis over `layers`, which are alike in shape."""
+
+    def read(index: Index) -> np.ndarray:
+        rows = layers[index[0]]
+        parts = [row.read(index[1:]) for row in rows]
+        return np.stack(parts) if parts else np.zeros((0, *layers[0].read(index[1:]).shape), np.float32)
+
+    return LazyTensor((len(layers), *layers[0].shape), read)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model that can be loaded.
+
+    Attributes:
+        config: its architecture.
+        tensors: a tree like a model's parameters, of LazyTensors.
+        source: what it was opened by.
+        tokenizer: its tokenizer.json, or None.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, Any]
+    source: str
+    tokenizer: Path | None
+
+    def sha256(self) -> str:
+        """Return a hash of the architecture and of all weights as float32: the same for every format on disk."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for path, tensor in jax.tree_util.tree_leaves_with_path(self.tensors):
+            digest.update(f"{jax.tree_util.keystr(path)} {tensor.shape}".encode())
+            for part in _rows(tensor):
+                digest.update(np.ascontiguousarray(part, "<f4").data)
+        return digest.hexdigest()
+
+
+def _rows(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """Yield the tensor cut along its first axis, so that little of it is in memory at once."""
+    first, *others = tensor.shape
+    step = max(1, HASHED_AT_ONCE // (4 * max(1, math.prod(others))))
+    for start in range(0, first, step):
+        yield tensor.read((slice(start, min(start + step, first)), *(slice(None) for _ in others)))
+
+
+def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
+    """Return the model with only the layers `keep` (counted from 0), in that order.
+
+    Raises:
+        UserError: no layer, or one that is not there.
+    """
+    layers = file.config.layers
+    missing = [layer for layer in keep if not 0 <= layer < layers]
+    if missing or not keep:
+        raise UserError(
+            f"cannot keep layers {tuple(keep)} of {file.source}: wanted at least one, each from 0 to {layers - 1}"
+        )
+
+    def selected(tensor: LazyTensor) -> LazyTensor:
+        return stacked([_layer_of(tensor, layer) for layer in keep])
+
+    tensors = file.tensors | {"layers": jax.tree.map(selected, file.tensors["layers"])}
+    return replace(file, config=replace(file.config, layers=len(keep)), tensors=tensors)
+
+
+def _layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:
+    return LazyTensor(tensor.shape[1:], lambda index: tensor.read((slice(layer, layer + 1), *index))[0])

@@ -1,0 +1,83 @@
+"""From what a user calls a model to its ModelFile: a directory, a run, a GGUF file, a known name or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dacite
+import jax
+import numpy as np
+
+from kdjax.errors import UserError, did_you_mean
+from kdjax.models import files
+from kdjax.models.config import ModelConfig
+from kdjax.models.convert import open_directory
+from kdjax.models.model_file import ModelFile, lazy
+from kdjax.models.transformer import Model, parameter_paths
+
+
+def open_model(source: str) -> ModelFile:
+    """Return the model that `source` names; weights are read later, part by part.
+
+    Args:
+        source: a Hugging Face directory, a run directory, a .gguf file, a known name, or a hub id.
+
+    Raises:
+        UserError: there is no such model, or it is damaged or of an unknown kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        file = _open_run(path) if (path / "model.json").is_file() else open_directory(path)
+    else:
+        file = open_directory(_fetched(source, path))
+    return ModelFile(file.config, file.tensors, source, file.tokenizer)
+
+
+def _fetched(source: str, path: Path) -> Path:
+    """Return the directory, in the cache, of a model that is not a local directory."""
+    from kdjax.models import fetch
+
+    if path.suffix == ".gguf":
+        return fetch.cached_gguf(path)
+    if path.is_file():
+        kind = (
+            "weights are pickled, which can run code, so they are never read"
+            if path.suffix in files.PICKLED
+            else "file"
+        )
+        raise UserError(f"{source} is a file ({kind}); wanted a directory with config.json and model.safetensors")
+    directory = fetch.ensure(source)
+    if directory is None:
+        raise UserError(
+            f"no model {source!r}: no such directory or .gguf file, no hub id (org/name), "
+            f"and no known name{did_you_mean(source, fetch.KNOWN)}"
+        )
+    return directory
+
+
+def _open_run(directory: Path) -> ModelFile:
+    """Return the student of a run: its best saved step, or the newest whole one."""
+    from kdjax.checkpoint import open_params
+
+    path = directory / "model.json"
+    try:
+        config = dacite.from_dict(ModelConfig, files.read_json(path), dacite.Config(strict=True))
+    except dacite.DaciteError as error:
+        raise UserError(f"{path} is not a model's architecture: {error}") from error
+    params = open_params(directory).params
+    _check_fits(directory, config, params)
+    tokenizer = directory / "tokenizer.json"
+    tensors = jax.tree.map(lambda array: lazy(np.asarray(array)), params)
+    return ModelFile(config, tensors, str(directory), tokenizer if tokenizer.is_file() else None)
+
+
+def _check_fits(directory: Path, config: ModelConfig, params: dict[str, Any]) -> None:
+    wanted = parameter_paths(jax.eval_shape(Model(config).init, jax.random.key(0)))
+    found = parameter_paths(params)
+    for path in sorted(wanted.keys() | found.keys()):
+        shapes = [tree[path].shape if path in tree else None for tree in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{directory}: the saved step has {path} of shape {shapes[0]}, but model.json says {shapes[1]}"
+            )

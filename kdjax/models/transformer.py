@@ -1,0 +1,241 @@
+"""The one decoder Transformer of every family, and `Model`: its pure face over plain nested dicts of arrays.
+
+Layers are stacked on a leading axis and run under `nn.scan`; what differs between families is in `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdjax.errors import UserError, did_you_mean
+from kdjax.models.attention import Attention, Cache, Sight, attend, see
+from kdjax.models.config import DType, ModelConfig, Remat
+from kdjax.models.layers import Embedding, Layout, Linear, Mlp, Norm, anywhere, branch_std, dropout
+from kdjax.models.positions import rope_waves, rotate
+from kdjax.shapes import Array, Head, Output, View
+
+TAPS = ("hidden", "q", "k", "v")
+"""What `Model.apply` can tap in each layer: its output, and the queries, keys and values that attention sees."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of one call read."""
+
+    sight: Sight
+    waves: tuple[Array, Array] | None
+    first_slot: Array | int
+    row_keys_B: Array | None
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention of a layer."""
+
+    config: ModelConfig
+    dtype: Any
+    attention: Attention
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, shared: Shared, slots: tuple[Array, Array] | None) -> tuple[Array, dict, Any]:
+        """Return the output, its queries, keys and values by name, and the cache's slots with these tokens added."""
+        c, width = self.config, (("embed", self.config.width),)
+        heads = (("heads", c.heads), ("head_width", c.head_width))
+        kv_heads = (("kv_heads", c.kv_heads), ("head_width", c.head_width))
+        seen = {
+            name: Linear(width, dims, c.qkv_bias, self.dtype, name=name)(x_BTD)
+            for name, dims in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        }
+        if shared.waves is not None:
+            seen |= {name: rotate(seen[name], shared.waves) for name in ("q", "k")}
+        q_BTHK = self.layout(seen["q"], ("batch", "sequence", "heads", None))
+        k_BSGK = self.layout(seen["k"], ("batch", "sequence", "kv_heads", None))
+        v_BSGK = self.layout(seen["v"], ("batch", "sequence", "kv_heads", None))
+        if slots is not None:
+            k_BSGK, v_BSGK = slots = tuple(
+                _write(old, new, shared.first_slot) for old, new in zip(slots, (k_BSGK, v_BSGK), strict=True)
+            )
+        y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, shared.sight)
+        y_BTHK = self.layout(y_BTHK, ("batch", "sequence", "heads", None))
+        return Linear(heads, width, c.out_bias, self.dtype, branch_std(c), name="out")(y_BTHK), seen, slots
+
+
+class Layer(nn.Module):
+    """One layer, pre-norm: attention and mlp, each a residual branch."""
+
+    config: ModelConfig
+    dtype: Any
+    attention: Attention
+    layout: Layout
+    taps: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, number: Array, slots: tuple[Array, Array] | None, shared: Shared) -> tuple:
+        """Return the carry of the scan (the residual stream), and this layer's taps and cache slots."""
+        c, keys = self.config, shared.row_keys_B
+        h_BTD = Norm(c, self.dtype, name="attention_norm")(x_BTD)
+        h_BTD, seen, slots = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")(
+            h_BTD, shared, slots
+        )
+        x_BTD = x_BTD + dropout(h_BTD, keys, 1 + 2 * number, c.dropout)
+        h_BTD = Mlp(c, self.dtype, self.layout, name="mlp")(Norm(c, self.dtype, name="mlp_norm")(x_BTD))
+        x_BTD = x_BTD + dropout(h_BTD, keys, 2 + 2 * number, c.dropout)
+        x_BTD = self.layout(x_BTD, ("batch", "sequence", None))
+        seen["hidden"] = x_BTD
+        return x_BTD, ({name: seen[name] for name in self.taps}, slots)
+
+
+class Transformer(nn.Module):
+    """Embedding, the scanned layers, the last norm; the head's kernel is declared here and applied by the loss."""
+
+    config: ModelConfig
+    dtype: Any
+    remat: Remat
+    attention: Attention
+    layout: Layout
+    taps: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, view: View, cache: Cache | None = None, row_keys_B: Array | None = None) -> Output:
+        """Return hidden states after the last norm, taps stacked by layer, and the cache with these tokens added."""
+        c = self.config
+        x_BTD = Embedding("vocab", c.vocab_size, c.width, self.dtype, self.layout, name="embed")(view.tokens_BT)
+        if c.positions == "learned":
+            table = Embedding("position", c.max_positions, c.width, self.dtype, self.layout, name="positions")
+            x_BTD = x_BTD + table(view.position_BT)
+        x_BTD = self.layout(dropout(x_BTD, row_keys_B, 0, c.dropout), ("batch", "sequence", None))
+
+        first_slot, segment_BS, slots = 0, view.segment_BT, None
+        if cache is not None:
+            first_slot, slots = cache.used, (cache.k_LBSGK, cache.v_LBSGK)
+            segment_BS = _write(cache.segment_BS, view.segment_BT, first_slot)
+        waves = rope_waves(view.position_BT, c.head_width, c.rope_theta) if c.positions == "rope" else None
+        shared = Shared(see(view.segment_BT, segment_BS, first_slot), waves, first_slot, row_keys_B)
+        layers = self._layers()(c, self.dtype, self.attention, self.layout, self.taps, name="layers")
+        x_BTD, (taps, slots) = layers(x_BTD, jnp.arange(c.layers), slots, shared)
+
+        if not c.tie_head and self.is_initializing():
+            Linear((("embed", c.width),), (("vocab", c.vocab_size),), False, self.dtype, name="head")(x_BTD)
+        if cache is not None:
+            cache = Cache(slots[0], slots[1], segment_BS, cache.used + view.tokens_BT.shape[1])
+        return Output(Norm(c, self.dtype, name="final_norm")(x_BTD), taps, cache=cache)
+
+    def _layers(self) -> Any:
+        layer: Any = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        scan: Any = nn.scan
+        return scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=self.config.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # one trace of the layer, not two
+        )
+
+
+def _write(old_BS: Array, new_BT: Array, first_slot: Array | int) -> Array:
+    """Return the slots (of segments, keys or values) with the new tokens written from `first_slot` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT.astype(old_BS.dtype), first_slot, axis=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture and how it is run; hashable, so that it can be a static argument of `jax.jit`.
+
+    Attributes:
+        config: the architecture.
+        dtype: of the computation; norms, softmax and rotary angles are float32 always.
+        remat: what the backward pass recomputes.
+        attention: the kernel, `attend` unless the work crosses devices.
+        layout: says where activations lie (`Placement.constrain`); `anywhere` leaves it open.
+    """
+
+    config: ModelConfig
+    dtype: DType = "float32"
+    remat: Remat = "none"
+    attention: Attention = attend
+    layout: Layout = anywhere
+
+    def init(self, key: Array) -> dict:
+        """Return random parameters: a nested dict of float32 arrays, layers stacked on the first axis."""
+        return nn.unbox(self._boxed(key))
+
+    def logical_axes(self) -> dict:
+        """Return the parameters' tree with a tuple of axis names, or None for an unnamed axis, in each leaf's place."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+        return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+
+    def apply(
+        self,
+        params: dict,
+        view: View,
+        *,
+        taps: tuple[str, ...] = (),
+        cache: Cache | None = None,
+        row_keys_B: Array | None = None,
+    ) -> Output:
+        """Return hidden states after the last norm, in the compute dtype.
+
+        Args:
+            params: as `init` gives them, in any float dtype.
+            view: what the model sees.
+            taps: names out of `TAPS`; each comes back stacked by layer, [L, B, T, ...].
+            cache: from `empty_cache` or an earlier call; this call's tokens are added to it.
+            row_keys_B: a PRNG key for each row, which turns dropout on.
+        """
+        for name in taps:
+            if name not in TAPS:
+                raise UserError(f"a model has no tap {name!r}{did_you_mean(name, TAPS)}")
+        output: Any = self._module(taps).apply({"params": params}, view, cache, row_keys_B)
+        return output
+
+    def head(self, params: dict) -> Head:
+        """Return the map from hidden states to logits: the head's own kernel, or the embedding when tied."""
+        w_DV = params["embed"]["embedding"].T if self.config.tie_head else params["head"]["kernel"]
+        return Head(w_DV, vocab_size=self.config.vocab_size)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """Return a cache with room for `slots` tokens in each of `batch` rows."""
+        c = self.config
+        k_LBSGK = jnp.zeros((c.layers, batch, slots, c.kv_heads, c.head_width), self.dtype)
+        segment_BS = jnp.zeros((batch, slots), jnp.int32)
+        return Cache(k_LBSGK, jnp.zeros_like(k_LBSGK), segment_BS, jnp.zeros((), jnp.int32))
+
+    def _module(self, taps: tuple[str, ...] = ()) -> Transformer:
+        return Transformer(self.config, jnp.dtype(self.dtype), self.remat, self.attention, self.layout, taps)
+
+    def _boxed(self, key: Array) -> dict:
+        token_BT = jnp.zeros((1, 1), jnp.int32)
+        variables: Any = self._module().init(key, View(token_BT, token_BT, token_BT))
+        return variables["params"]
+
+
+def parameter_count(params: dict) -> int:
+    """Return how many numbers a tree of arrays (or of their shapes) holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def path_text(path: tuple[Any, ...]) -> str:
+    """Return a parameter's path as ``layers/attention/q/kernel``."""
+    return "/".join(step.key for step in path)
+
+
+def parameter_paths(params: dict) -> dict[str, Any]:
+    """Return the leaves of a parameter tree by path."""
+    return {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -1,0 +1,164 @@
+"""What every part of kdjax agrees on: the letters of dimensions and the values that cross from one part to another.
+
+Models, data and losses never import each other; they meet here and in plain arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+from kdjax.errors import UserError
+
+Array = Any
+"""A numpy or a jax array; names carry the shape: ``logits_BTV``."""
+
+DIMENSIONS = {
+    "B": "batch rows",
+    "T": "tokens of a row",
+    "D": "model width",
+    "H": "query heads",
+    "G": "key/value heads",
+    "K": "width of a head",
+    "F": "mlp width",
+    "V": "vocabulary",
+    "L": "layers",
+    "N": "flattened rows (tokens)",
+    "R": "rows (positions) picked of an example",
+    "S": "slots of a key/value cache",
+    "C": "tokens of a chunk",
+    "P": "picks of a top-k",
+    "A": "microbatches of a step",
+}
+
+
+def _static() -> Any:
+    return field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class View:
+    """What one model sees of a batch.
+
+    Attributes:
+        tokens_BT: token ids, int32.
+        segment_BT: the document a token belongs to, counted from 1 in each row; 0 is padding. Tokens attend
+            to earlier tokens of their own segment only.
+        position_BT: the token's position within its segment, from 0.
+        encoder: the encoder's view in an encoder-decoder, otherwise None.
+    """
+
+    tokens_BT: Array
+    segment_BT: Array
+    position_BT: Array
+    encoder: View | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One step's examples: the views of student and teacher, and the rows at which they are compared.
+
+    Row r of example b compares the student's hidden state at `student_rows_BR[b, r]` with the teacher's at
+    `teacher_rows_BR[b, r]`; both predict `targets_BR[b, r]`. So the label shift, the alignment of two views and
+    leaving out what has no weight are one gather.
+
+    Attributes:
+        student: what the student sees.
+        teacher: what the teacher sees; None means the student's view (and rows).
+        student_rows_BR: positions in the student's row, int32.
+        teacher_rows_BR: positions in the teacher's row; None exactly when `teacher` is None.
+        targets_BR: the token that comes next, int32.
+        ce_weight_BR: weight of the cross entropy to the target, float32; 0 leaves the row out.
+        kd_weight_BR: weight of the divergence to the teacher, float32.
+        signal: what the teacher says, when the batch brings it along (a cache); None with a live teacher.
+    """
+
+    student: View
+    student_rows_BR: Array
+    targets_BR: Array
+    ce_weight_BR: Array
+    kd_weight_BR: Array
+    teacher: View | None = None
+    teacher_rows_BR: Array | None = None
+    signal: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits: ``soft_cap·tanh(scale·(h @ w + bias) / soft_cap)``.
+
+    Attributes:
+        w_DV: the matrix in its stored dtype; the loss casts inside, so that its gradient leaves in float32.
+        bias_V: or None.
+        vocab_size: the real vocabulary; columns from there on are padding and get no probability.
+        soft_cap: or None.
+        scale: factor on the logits, or None.
+    """
+
+    w_DV: Array
+    bias_V: Array | None = None
+    vocab_size: int = _static()
+    soft_cap: float | None = _static()
+    scale: float | None = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What a model gives: hidden states after the last norm (never logits), taps asked for, and extra losses.
+
+    Attributes:
+        hidden_BTD: in the compute dtype.
+        taps: tensors of inner layers, by name; empty unless asked for.
+        aux: further sums (a load-balancing loss, say), by name.
+        cache: the updated key/value cache when decoding, otherwise None.
+    """
+
+    hidden_BTD: Array
+    taps: dict[str, Array] = field(default_factory=dict)
+    aux: dict[str, Array] = field(default_factory=dict)
+    cache: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Signal:
+    """What the teacher says about a batch's rows: its hidden states there and its head. Carries no gradient."""
+
+    hidden_ND: Array
+    head: Head
+
+
+class Axes(NamedTuple):
+    """Names of the mesh axes over which a function's arguments are spread: none, unless it runs under shard_map."""
+
+    batch: tuple[str, ...] = ()
+    """These hold other tokens."""
+    tensor: str | None = None
+    """This one holds other parts of the vocabulary."""
+
+
+def check_shapes(**arrays: Array) -> dict[str, int]:
+    """Return the size of each dimension letter, having checked that all arrays agree.
+
+    The letters are the part of each keyword after its last underscore: ``check_shapes(student_BTV=s, teacher_BTV=t)``.
+
+    Raises:
+        UserError: ``V is 32000 in student_BTV but 128256 in teacher_BTV``.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, array in arrays.items():
+        letters = name.rsplit("_", 1)[-1]
+        shape = tuple(array.shape)
+        if len(letters) != len(shape):
+            raise UserError(f"{name} has shape {shape}: {len(shape)} dimensions, wanted {len(letters)} ({letters})")
+        for letter, size in zip(letters, shape, strict=True):
+            known, where = sizes.setdefault(letter, (size, name))
+            if known != size:
+                raise UserError(f"{letter} is {known} in {where} but {size} in {name}")
+    return {letter: size for letter, (size, _) in sizes.items()}

@@ -1,0 +1,228 @@
+"""The mesh, the table logical axis -> mesh axes, and the placement of the one step by jit or by pmap.
+
+The only file that builds meshes and calls shard_map. A model names its axes; the tables here say where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.errors import UserError
+from kdjax.shapes import Array, Axes
+
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that hold different examples."""
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis -> mesh axes; a logical axis without a row, or that does not divide, is replicated."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; -1 takes all that are left (at most one axis)."""
+
+    placement: Literal["jit", "pmap"] = "jit"
+    """`jit` on a mesh of any shape, or `pmap`: replicated data parallelism for models that fit one device."""
+    data: int = -1
+    """Copies of the parameters, each with its own examples."""
+    fsdp: int = 1
+    """Parameters split over devices that also have their own examples."""
+    tensor: int = 1
+    """Heads, mlp and vocabulary split over devices that share examples."""
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """Return the size of each mesh axis on so many devices.
+
+        Raises:
+            UserError: sizes that cannot fill them, with a mesh that can.
+        """
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+        if bad:
+            raise UserError(f"mesh sizes {bad}; wanted at least 1 each, or -1 for all devices that are left")
+        open_axes = [name for name, size in sizes.items() if size == -1]
+        if len(open_axes) > 1:
+            raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are -1; only one axis can take what is left")
+        known = prod(size for size in sizes.values() if size != -1)
+        if devices % known or (not open_axes and known != devices):
+            fill = ", ".join(f"{name}={'-1' if name == 'data' else sizes[name]}" for name in sizes)
+            raise UserError(
+                f"a mesh of {_text(sizes)} does not fill {devices} devices; "
+                + (
+                    f"use {fill}"
+                    if devices % prod(s for n, s in sizes.items() if n != "data" and s > 0) == 0
+                    else f"each of fsdp and tensor must divide {devices}"
+                )
+            )
+        return {name: devices // known if size == -1 else size for name, size in sizes.items()}
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where arrays lie and how functions run: the step itself knows nothing of it."""
+
+    mesh: Mesh
+    by: Literal["jit", "pmap"]
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis that the step itself must sum over; None where jit does."""
+        return "data" if self.by == "pmap" else None
+
+    @property
+    def batch_devices(self) -> int:
+        """Over how many devices the examples of a batch are split."""
+        return prod(self.mesh.shape[name] for name in BATCH_AXES)
+
+    def check_batch(self, batch_size: int, microbatches: int) -> None:
+        """Check that every microbatch splits evenly.
+
+        Raises:
+            UserError: with the nearest batch sizes that do.
+        """
+        unit = self.batch_devices * microbatches
+        if batch_size < 1 or batch_size % unit:
+            low, high = batch_size // unit * unit, (batch_size // unit + 1) * unit
+            parts = f"{self.batch_devices} devices ({_text(dict(self.mesh.shape))})"
+            parts += f" and {microbatches} microbatches" if microbatches > 1 else ""
+            raise UserError(
+                f"batch_size {batch_size} does not split over {parts}; use {f'{low} or ' if low else ''}{high}"
+            )
+
+    def sharding(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """Return where an array of so named dimensions lies; under pmap every device holds all of it."""
+        if self.by == "pmap":
+            return NamedSharding(self.mesh, P())
+        return NamedSharding(self.mesh, P(*(self._axes(name, size) for name, size in zip(names, shape, strict=True))))
+
+    def _axes(self, name: str | None, size: int) -> str | tuple[str, ...] | None:
+        axes = RULES.get(name) if name else None
+        total = prod(self.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        return axes if size % total == 0 else None
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Every device holds all of it."""
+        return NamedSharding(self.mesh, P())
+
+    def constrain(self, x: Array, names: tuple[str | None, ...]) -> Array:
+        """Return `x`, laid out as its named dimensions ask, within a computation."""
+        return x if self.by == "pmap" else jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
+
+    def state_shardings(self, abstract_state: Any, params_axes: Any) -> Any:
+        """Return a sharding for each leaf of a training state.
+
+        Parameters lie as their axes ask; a leaf whose path ends in a parameter's path and that has as many dimensions
+        (an optimiser's moment) lies with it; all else is replicated.
+        """
+        of_path = {
+            tuple(_key(k) for k in path): names
+            for path, names in jax.tree_util.tree_leaves_with_path(params_axes, is_leaf=lambda x: isinstance(x, tuple))
+        }
+
+        def place(path, leaf):
+            keys = tuple(_key(k) for k in path)
+            names = next((of_path[keys[i:]] for i in range(len(keys)) if keys[i:] in of_path), None)
+            return self.sharding(names, leaf.shape) if names and len(names) == len(leaf.shape) else self.replicated
+
+        return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+    def load(self, tensors: Any, axes: Any, dtype: str) -> Any:
+        """Return arrays of the mesh from lazy tensors (`shape`, `read(index)`), each device's part read alone."""
+
+        def put(lazy: Any, names: tuple[str | None, ...]) -> Array:
+            where = self.sharding(names, lazy.shape)
+            return jax.make_array_from_callback(lazy.shape, where, lambda index: lazy.read(index).astype(dtype))
+
+        return jax.tree.map(put, tensors, axes)
+
+    def put_batch(self, batch: Any) -> Any:
+        """Return this process's rows of a batch as arrays of the whole mesh."""
+        if self.by == "pmap":
+            n = len(self.mesh.local_devices)
+            return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+        where = NamedSharding(self.mesh, P(BATCH_AXES))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
+
+    def compile_step(self, step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
+        """Return ``step(state, frozen, batch) -> (state, metrics)`` placed on the mesh; the old state is donated."""
+        if self.by == "pmap":
+            return jax.pmap(
+                step,
+                axis_name="data",
+                in_axes=(None, None, 0),
+                out_axes=None,
+                donate_argnums=0,
+                devices=list(self.mesh.devices.flat),
+            )
+        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, self.replicated))
+
+    def compile_sums(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function(params, frozen, batch) -> sums`` placed on the mesh."""
+        if self.by == "pmap":
+            return jax.pmap(
+                function, axis_name="data", in_axes=(None, None, 0), out_axes=None, devices=list(self.mesh.devices.flat)
+            )
+        return jax.jit(function, out_shardings=self.replicated)
+
+    def shard_loss(self, local: Callable[..., Any], tokens: Any, heads: Any) -> Any:
+        """Return ``local(axes, tokens, heads)`` run by each device on its own tokens, heads gathered over fsdp.
+
+        The `shard` of `kdjax.losses.fused_kd_loss`: every leaf of `tokens` has a leading N, every leaf of `heads`
+        ends in V; `local` returns (sums over the mesh, a tree with a leading N, a tree that ends in V).
+        """
+        if self.by == "pmap":
+            return local(Axes(), tokens, heads)
+        parts = self.mesh.shape["tensor"]
+        tensor = "tensor" if parts > 1 and all(x.shape[-1] % parts == 0 for x in jax.tree.leaves(heads)) else None
+        of_token = P(BATCH_AXES)
+        of_head = jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), tensor), heads)
+        run = partial(local, Axes(BATCH_AXES, tensor))
+        kinds = jax.eval_shape(partial(local, Axes()), tokens, heads)
+        out = (
+            jax.tree.map(lambda x: P(), kinds[0]),
+            jax.tree.map(lambda x: of_token, kinds[1]),
+            jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), tensor), kinds[2]),
+        )
+        # check_vma=False: a scan carry that starts as zeros and becomes device-varying is a type error otherwise.
+        return jax.shard_map(run, mesh=self.mesh, in_specs=(of_token, of_head), out_specs=out, check_vma=False)(
+            tokens, heads
+        )
+
+
+def _key(k: Any) -> str:
+    return str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+
+
+def placement(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement:
+    """Return the placement that a config asks for, over all visible devices unless given some."""
+    devices = list(jax.devices() if devices is None else devices)
+    if config.placement == "pmap" and (config.fsdp, config.tensor) != (1, 1):
+        raise UserError(
+            f"mesh.placement pmap replicates the parameters; got fsdp={config.fsdp}, tensor={config.tensor}, "
+            "wanted 1 and 1 (or placement jit)"
+        )
+    shape = config.shape(len(devices))
+    # Auto: Explicit axes, make_mesh's default, break Linen's Embed.
+    auto = (AxisType.Auto,) * len(shape)
+    return Placement(jax.make_mesh(tuple(shape.values()), tuple(shape), auto, devices=devices), config.placement)

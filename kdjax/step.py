@@ -1,0 +1,155 @@
+"""The one pure step, where signal, student, loss and optimiser meet. No input or output, no mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from kdjax.losses import ObjectiveConfig, fused_kd_loss
+from kdjax.losses.fused import Shard, one_device
+from kdjax.models import Model
+from kdjax.shapes import Array, Batch
+from kdjax.teacher import SignalOf, pick_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes; arrays only.
+
+    Attributes:
+        step: batches consumed, int32.
+        params: named trees; `student` is trained.
+        opt_state: the optimiser's.
+        skipped: updates left out because loss or gradient was not finite, int32.
+        skipped_in_a_row: of these, the latest ones without a good one between, int32.
+    """
+
+    step: Array
+    params: dict[str, Any]
+    opt_state: Any
+    skipped: Array
+    skipped_in_a_row: Array
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step is made of besides its arrays; everything here is static.
+
+    Attributes:
+        model: the student.
+        objective: what is minimised.
+        optimizer: an optax chain.
+        signal_of: what the teacher says about a microbatch.
+        microbatches: into how many parts a batch is split, one after the other.
+        seed: of all random draws.
+        shard: spreads the loss's tokens over a mesh (`Placement.shard_loss`).
+        axis_name: the axis to sum over when the step runs under pmap.
+    """
+
+    model: Model
+    objective: ObjectiveConfig
+    optimizer: optax.GradientTransformation
+    signal_of: SignalOf
+    microbatches: int = 1
+    seed: int = 0
+    shard: Shard = one_device
+    axis_name: str | None = None
+
+
+def init_state(recipe: Recipe, student_params: Any) -> TrainState:
+    """Return the state before the first step."""
+    params = {"student": student_params}
+    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: the step donates each
+    return TrainState(counts[0], params, recipe.optimizer.init(params), counts[1], counts[2])
+
+
+def loss_sums(recipe: Recipe, params: Any, frozen: Any, batch: Batch, row_keys_B: Array | None = None):
+    """Return the loss of a batch whose weights are used as they are, and its parts: sums, never means."""
+    output = recipe.model.apply(params["student"], batch.student, row_keys_B=row_keys_B)
+    return fused_kd_loss(
+        pick_rows(output.hidden_BTD, batch.student_rows_BR),
+        recipe.model.head(params["student"]),
+        recipe.signal_of(frozen, batch),
+        batch.targets_BR.reshape(-1),
+        batch.ce_weight_BR.reshape(-1),
+        batch.kd_weight_BR.reshape(-1),
+        recipe.objective,
+        shard=recipe.shard,
+    )
+
+
+def step(state: TrainState, frozen: Any, batch: Batch, recipe: Recipe) -> tuple[TrainState, dict[str, Array]]:
+    """Return the state after one batch, and what to log.
+
+    The denominators are data: each part's weight over the whole batch is known before the first microbatch, so that
+    microbatches, devices and packed rows only add up. A loss or gradient that is not finite changes no parameter.
+    """
+    gradients, metrics = gradient(recipe, state, frozen, batch)
+    norm = optax.global_norm(gradients)
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    bad = jnp.where(good, 0, 1)
+    in_a_row = bad * (state.skipped_in_a_row + 1)
+    metrics |= {"grad_norm": norm, "skipped": state.skipped + bad, "skipped_in_a_row": in_a_row}
+    return TrainState(state.step + 1, params, opt_state, metrics["skipped"], in_a_row), metrics
+
+
+def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, dict[str, Array]]:
+    """Return the gradient of the loss over the whole batch, summed over microbatches and devices, and the parts."""
+
+    def total(x: Array) -> Array:
+        return x if recipe.axis_name is None else lax.psum(x, recipe.axis_name)
+
+    batch, weights = normalised(batch, total)
+    row_keys_B = _row_keys(recipe, state.step, batch.targets_BR.shape[0])
+    microbatches = jax.tree.map(lambda x: _split(x, recipe.microbatches), (batch, row_keys_B))
+    differentiate = jax.value_and_grad(
+        lambda params, micro, keys_B: loss_sums(recipe, params, frozen, micro, keys_B), has_aux=True
+    )
+
+    def add(sums, micro):
+        (loss, parts), gradients = differentiate(state.params, *micro)
+        return jax.tree.map(jnp.add, sums, (gradients, parts | {"loss": loss})), None
+
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    (loss, parts), gradients = jax.eval_shape(differentiate, state.params, *first)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, parts | {"loss": loss}))
+    (gradients, metrics), _ = lax.scan(add, start, microbatches)
+    return jax.tree.map(total, gradients), jax.tree.map(total, metrics) | weights
+
+
+def normalised(batch: Batch, total: Callable[[Array], Array]) -> tuple[Batch, dict[str, Array]]:
+    """Return the batch with each weight divided by its sum over the whole batch, and these sums."""
+    sums = {"ce_tokens": total(jnp.sum(batch.ce_weight_BR)), "kd_tokens": total(jnp.sum(batch.kd_weight_BR))}
+
+    def divided(weight_BR: Array, by: Array) -> Array:
+        return weight_BR / jnp.where(by > 0, by, 1.0)
+
+    ce_BR, kd_BR = divided(batch.ce_weight_BR, sums["ce_tokens"]), divided(batch.kd_weight_BR, sums["kd_tokens"])
+    return replace(batch, ce_weight_BR=ce_BR, kd_weight_BR=kd_BR), sums
+
+
+def _row_keys(recipe: Recipe, step: Array, rows: int) -> Array | None:
+    """Return a key for each row, from seed, step and global row: the same under any placement (None: no dropout)."""
+    if not recipe.model.config.dropout:
+        return None
+    first = 0 if recipe.axis_name is None else lax.axis_index(recipe.axis_name) * rows
+    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
+
+
+def _split(x_B: Array, parts: int) -> Array:
+    """Return x as [A, B/A, …]; microbatch a has the rows a, a + A, …, so that each spans all devices evenly."""
+    return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,84 @@
+"""What summary.json says of a run: before it trains and after; the report and the closing table are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdjax.build import Job
+from kdjax.environment import describe
+from kdjax.evaluate import forward_speed
+from kdjax.generate import generate
+from kdjax.models import Model, parameter_count
+from kdjax.shapes import View
+from kdjax.step import TrainState
+
+Summary = dict[str, Any]
+Looks = Mapping[int, Mapping[str, float]]
+"""Step -> the figures of its evaluation."""
+
+
+def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
+    """Return what is known before the first step, with how each model continues the prompt then."""
+    said = {} if job.teacher is None else {"teacher": _continued(job, job.teacher.model, frozen["teacher"])}
+    said["student before"] = _continued(job, job.student.model, params["student"])
+    return _facts(job, params, frozen, looks) | {"continuations": {who: text for who, text in said.items() if text}}
+
+
+def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequence[Mapping[str, Any]]) -> Summary:
+    """Return what a run has come to, from its last state and the rows of its metrics."""
+    config, look = job.config, looks.get(job.config.steps, {})
+    ones_BT = np.ones((config.batch_size, config.data.sequence_length), np.int32)
+    view = View(np.zeros_like(ones_BT), ones_BT, np.cumsum(ones_BT, 1, np.int32) - 1)  # the tokens do not matter
+    rates = sorted(rate for row in rows if np.isfinite(rate := row.get("tokens_per_second", np.nan)))
+    text = _continued(job, job.student.model, state.params["student"])
+    figures = _facts(job, state.params, frozen, looks) | named_figures(look, "after")
+    figures |= {
+        "continuations": {"student after": text} if text else {},
+        "steps": config.steps,
+        "train_tokens": config.steps * ones_BT.size,
+        "eval_tokens": look.get("tokens", 0),
+        "skipped": int(state.skipped),
+        "tokens_per_second_train": rates[len(rates) // 2] if rates else None,
+        "tokens_per_second_student": forward_speed(job.student.model, state.params["student"], view),
+        "notes": config.notes,
+    }
+    if job.teacher is not None:
+        figures["tokens_per_second_teacher"] = forward_speed(job.teacher.model, frozen["teacher"], view)
+    return figures
+
+
+def named_figures(figures: Mapping[str, float], when: str) -> Summary:
+    """Return an evaluation's figures under the names of summary.json."""
+    own = {f"{name}_{when}": figures[name] for name in ("kl", "ce", "perplexity", "agreement") if name in figures}
+    return own | {
+        f"{name}_teacher": figures[f"teacher_{name}"] for name in ("ce", "perplexity") if f"teacher_{name}" in figures
+    }
+
+
+def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
+    facts = {
+        "name": job.config.name,
+        "student": job.student.name,
+        "parameters_student": parameter_count(params["student"]),
+        "train_documents": job.data.train_documents,
+        "held_out_documents": job.data.held_out_documents,
+        "held_out_dropped": job.data.held_out_dropped,
+        "held_out_sha256": job.data.held_out_hash,
+        "prompt": job.config.prompt,
+        "environment": describe(),
+    }
+    if job.teacher is not None:
+        facts |= {"teacher": job.teacher.name, "parameters_teacher": parameter_count(frozen["teacher"])}
+    return facts | named_figures(looks.get(0, {}), "before")
+
+
+def _continued(job: Job, model: Model, params: Any) -> str:
+    """Return the greedy continuation of the config's prompt, empty without one."""
+    if not job.config.prompt:
+        return ""
+    prompts, end = [job.tokenizer.encode_prompt(job.config.prompt)], job.tokenizer.eos_ids
+    new = generate(model, params, prompts, max_new_tokens=job.config.prompt_tokens, eos_ids=end)[0]
+    return job.tokenizer.decode(new)

@@ -1,0 +1,39 @@
+"""What the teacher says about a batch: one small function a kind of signal, each ``signal_of(frozen, batch)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.models import Model
+from kdjax.shapes import Array, Batch, Signal
+
+SignalOf = Callable[[Any, Batch], Signal | None]
+"""``signal_of(frozen, microbatch)``: called inside the microbatch loop."""
+
+
+def pick_rows(hidden_BTD: Array, rows_BR: Array) -> Array:
+    """Return hidden_ND at the given rows of each example, N = B·R."""
+    picked_BRD = jnp.take_along_axis(hidden_BTD, rows_BR[:, :, None], axis=1, mode="promise_in_bounds")
+    return picked_BRD.reshape(-1, hidden_BTD.shape[-1])
+
+
+def no_teacher(frozen: Any, batch: Batch) -> None:
+    """Return nothing: pre-training, the cross entropy alone."""
+    return None
+
+
+def live_teacher(model: Model) -> SignalOf:
+    """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen["teacher"]``."""
+
+    def signal_of(frozen: Any, batch: Batch) -> Signal:
+        params = jax.lax.stop_gradient(frozen["teacher"])
+        view = batch.student if batch.teacher is None else batch.teacher
+        rows_BR = batch.student_rows_BR if batch.teacher_rows_BR is None else batch.teacher_rows_BR
+        hidden_ND = pick_rows(model.apply(params, view).hidden_BTD, rows_BR)
+        return Signal(jax.lax.stop_gradient(hidden_ND), model.head(params))
+
+    return signal_of

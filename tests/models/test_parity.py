@@ -1,0 +1,123 @@
+"""The same logits and text as transformers: golden files always, live both ways where torch is installed."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax.generate import generate
+from kdjax.losses.fused import head_logits
+from kdjax.models import Model, export, open_model
+from kdjax.models.convert import disk_tensors
+from kdjax.models.registry import FAMILIES
+from kdjax.shapes import View
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NAMES = ["llama_tied", "llama_untied", "gpt2"]
+
+
+@functools.cache
+def loaded(name):
+    file = open_model(str(GOLDEN / name))
+    return file, Model(file.config), jax.tree.map(lambda tensor: tensor.all(), file.tensors)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_BTV(model, params, view):
+    hidden_BTD = model.apply(params, view).hidden_BTD
+    logits_NV = head_logits(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), model.head(params))
+    return logits_NV.reshape(*hidden_BTD.shape[:2], -1)
+
+
+def row_view(tokens_BT):
+    tokens_BT = np.asarray(tokens_BT, np.int32)
+    position_BT = np.broadcast_to(np.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    return View(tokens_BT, np.ones_like(tokens_BT), position_BT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_greedy_text_equal_the_golden_ones(name):
+    _, model, params = loaded(name)
+    expected = np.load(GOLDEN / name / "expected.npz")
+    got = logits_BTV(model, params, row_view(expected["tokens"]))
+    assert np.abs(expected["logits"]).max() > 1
+    np.testing.assert_allclose(got, expected["logits"], atol=1e-5, rtol=0)
+    greedy = generate(model, params, [expected["tokens"][0].tolist()], max_new_tokens=10)
+    assert greedy[0] == expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_and_padded_rows_give_the_golden_logits(name):
+    _, model, params = loaded(name)
+    expected = np.load(GOLDEN / name / "expected.npz")
+    first, second = expected["tokens"].astype(np.int32)
+    view = View(
+        np.array([[*first[:5], *second[:7]], [7, 7, 7, 7, *second[:8]]]),
+        np.array([[1] * 5 + [2] * 7, [0] * 4 + [1] * 8]),
+        np.array([[*range(5), *range(7)], [0] * 4 + [*range(8)]]),
+    )
+    got = logits_BTV(model, params, view)
+    for part, wanted in (
+        (got[0, :5], expected["logits"][0, :5]),
+        (got[0, 5:], expected["logits"][1, :7]),
+        (got[1, 4:], expected["logits"][1, :8]),
+    ):
+        np.testing.assert_allclose(part, wanted, atol=1e-5, rtol=0)
+
+
+def exported(config, params, out):
+    """The model as transformers loads it from our export."""
+    transformers = pytest.importorskip("transformers")
+    export(config, params, out, None)
+    return transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_model_is_the_same_in_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    file, model, params = loaded(name)
+    moved = jax.tree.map(lambda x: x + np.float32(0.01) * np.sin(np.arange(x.size)).reshape(x.shape), params)
+    theirs = exported(file.config, moved, tmp_path / "out")
+    assert theirs.dtype == torch.float32
+    tokens = np.load(GOLDEN / name / "expected.npz")["tokens"]
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens)).logits.numpy()
+        text = theirs.generate(torch.tensor(tokens[:1]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    np.testing.assert_allclose(logits_BTV(model, moved, row_view(tokens)), wanted, atol=1e-5, rtol=0)
+    assert generate(model, moved, [tokens[0].tolist()], max_new_tokens=8)[0] == text[0, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_batches_equal_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    file, model, params = loaded(name)
+    theirs = exported(file.config, params, tmp_path / "out")
+    tokens = np.load(GOLDEN / name / "expected.npz")["tokens"].astype(np.int32)
+    mask = np.array([[0] * 3 + [1] * 9, [1] * 12])
+    position = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    with torch.no_grad():
+        wanted = theirs(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=torch.tensor(position)
+        ).logits.numpy()
+    got = np.asarray(logits_BTV(model, params, View(tokens, mask, position)))
+    np.testing.assert_allclose(got[mask > 0], wanted[mask > 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_those_of_torch(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    file, model, params = loaded(name)
+    theirs = exported(file.config, params, tmp_path / "out")
+    tokens = np.load(GOLDEN / name / "expected.npz")["tokens"].astype(np.int32)
+    torch.tanh(theirs(torch.tensor(tokens, dtype=torch.long)).logits).sum().backward()
+    view = row_view(tokens)
+    grads = jax.jit(jax.grad(lambda p: jax.numpy.tanh(logits_BTV(model, p, view)).sum()))(params)
+    named = dict(theirs.named_parameters())
+    checked = 0
+    for disk_name, tensor in disk_tensors(FAMILIES[file.config.family], file.config, grads).items():
+        wanted = named[disk_name].grad.numpy()
+        np.testing.assert_allclose(tensor.all(), wanted, atol=1e-4 * max(1, np.abs(wanted).max()), err_msg=disk_name)
+        checked += 1
+    assert checked == len(named)

@@ -1,0 +1,85 @@
+"""Every recipe in configs/ is whole: it loads, its models and step fit together, and its head says what it is."""
+
+import ast
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kdjax import build
+from kdjax import config as configs
+from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
+from kdjax.shapes import Batch, View
+from kdjax.sharding import placement
+from kdjax.step import init_state, step
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")
+
+SMOLLM2 = ModelConfig(
+    vocab_size=49_152,
+    width=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_width=64,
+    mlp_width=1536,
+    max_positions=8192,
+    norm_eps=1e-5,
+    rope_theta=1e5,
+)
+
+
+def unread(source):
+    """A model of SmolLM2's shape that cannot be read."""
+
+    def refuse(index):
+        raise AssertionError("a weight was read")
+
+    shapes = jax.eval_shape(Model(SMOLLM2).init, jax.random.key(0))
+    return ModelFile(SMOLLM2, jax.tree.map(lambda x: LazyTensor(x.shape, refuse), shapes), source, None)
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def recipe(request):
+    return request.param
+
+
+def test_there_are_recipes():
+    assert {"quickstart", "smoke", "pretrain_tiny"} <= {path.stem for path in RECIPES}
+
+
+def test_its_head_says_what_it_is(recipe):
+    doc = ast.get_docstring(ast.parse(recipe.read_text()))
+    fields = dict(re.findall(r"^([A-Z]+): +(\S.*)$", doc, re.MULTILINE))
+    assert tuple(fields)[:4] == FIELDS
+    assert fields["COMMAND"] == f"kdjax train {recipe.relative_to(ROOT)}"
+
+
+def test_its_json_round_trips(recipe):
+    config = configs.load(str(recipe))
+    assert configs.from_json(configs.to_json(config)) == config
+    assert json.loads(configs.to_json(config))["name"] == config.name == recipe.stem
+
+
+def test_its_step_fits_together(recipe):
+    config = configs.load(str(recipe))
+    place = placement(config.mesh, jax.devices()[:1])
+    place.check_batch(config.batch_size, config.microbatches)
+    student, teacher = build.models(config, place, open_file=unread)
+    parts = build.recipe(config, place, student, teacher)
+    shape = (config.batch_size, config.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = Batch(View(tokens, tokens, tokens), tokens, tokens, weights, weights)
+    state = jax.eval_shape(lambda key: init_state(parts, student.model.init(key)), jax.random.key(0))
+    frozen = {} if teacher is None else {"teacher": jax.eval_shape(teacher.model.init, jax.random.key(0))}
+    after, metrics = jax.eval_shape(partial(step, recipe=parts), state, frozen, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+    assert ("kd" in metrics) == (teacher is not None)

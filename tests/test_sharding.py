@@ -1,0 +1,63 @@
+"""Meshes and placement: what is refused, and where things lie."""
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax.errors import UserError
+from kdjax.sharding import MeshConfig, placement
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape"),
+    [({}, (8, 1, 1)), ({"fsdp": -1, "data": 2}, (2, 4, 1)), ({"tensor": 2, "fsdp": 2}, (2, 2, 2))],
+)
+def test_minus_one_takes_the_devices_that_are_left(mesh, shape):
+    assert tuple(placement(MeshConfig(**mesh)).mesh.shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 3}, r"data=3, fsdp=1, tensor=1 does not fill 8 devices; use data=-1, fsdp=1, tensor=1"),
+        ({"data": -1, "fsdp": -1}, "only one axis"),
+        ({"fsdp": 3}, "must divide 8"),
+        ({"fsdp": 0}, "at least 1"),
+        ({"placement": "pmap", "tensor": 2}, "pmap replicates"),
+    ],
+)
+def test_impossible_meshes_are_one_clear_line(mesh, message):
+    with pytest.raises(UserError, match=message):
+        placement(MeshConfig(**mesh))
+
+
+def test_a_batch_that_does_not_split_names_the_nearest_that_do():
+    place = placement(MeshConfig(data=4, fsdp=2))
+    with pytest.raises(UserError, match=r"batch_size 250 .* 8 devices \(data=4, fsdp=2, tensor=1\); use 248 or 256"):
+        place.check_batch(250, 1)
+    with pytest.raises(UserError, match="4 microbatches; use 32 or 64"):
+        place.check_batch(48, 4)
+    place.check_batch(64, 4)
+
+
+def test_dimensions_that_do_not_divide_are_replicated():
+    place = placement(MeshConfig(data=1, fsdp=4, tensor=2))
+    assert tuple(place.sharding(("embed", "heads"), (64, 9)).spec) == ("fsdp", None)
+    assert tuple(place.sharding(("embed", "heads"), (64, 8)).spec) == ("fsdp", "tensor")
+
+
+def test_lazy_tensors_are_read_part_by_part():
+    """Each device reads only its own slice."""
+
+    class Lazy:
+        shape, read_parts = (8, 6), []
+
+        def read(self, index):
+            self.read_parts.append(index)
+            return np.arange(48.0).reshape(8, 6)[index]
+
+    place = placement(MeshConfig(data=1, fsdp=8))
+    loaded = place.load({"w": Lazy()}, {"w": ("embed", None)}, "float32")["w"]
+    np.testing.assert_array_equal(loaded, np.arange(48.0).reshape(8, 6))
+    assert len(Lazy.read_parts) == 8 and all(part[0].stop - part[0].start == 1 for part in Lazy.read_parts)
+    assert len(loaded.sharding.device_set) == 8 == len(jax.devices())

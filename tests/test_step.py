@@ -1,0 +1,277 @@
+"""The one step: what it computes is the same on one device, any mesh, pmap, with accumulation, and packed."""
+
+import functools
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdjax.losses import ObjectiveConfig
+from kdjax.models import Model, ModelConfig
+from kdjax.models.layers import anywhere
+from kdjax.shapes import Batch, View
+from kdjax.sharding import MeshConfig, placement
+from kdjax.step import Recipe, _row_keys, gradient, init_state, loss_sums, step
+from kdjax.teacher import live_teacher, no_teacher
+
+B, T, V = 16, 14, 96
+STUDENT = ModelConfig(vocab_size=V, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=48)
+TEACHER = ModelConfig(vocab_size=V, width=24, layers=3, heads=2, kv_heads=2, head_width=12, mlp_width=32)
+OBJECTIVE = ObjectiveConfig(alpha=0.3, temperature=2.0, chunk_tokens=8)
+
+PLACES = {
+    "data 8": ({"data": 8}, 1),
+    "data 8, 2 microbatches": ({"data": 8}, 2),
+    "data 2, fsdp 2, tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+    "fsdp 4, tensor 2, 4 microbatches": ({"data": 1, "fsdp": 4, "tensor": 2}, 4),
+    "tensor 8": ({"data": 1, "tensor": 8}, 1),
+    "pmap": ({"placement": "pmap"}, 1),
+    "pmap, 2 microbatches": ({"placement": "pmap"}, 2),
+}
+
+
+EVERY_TIME = {"data 2, fsdp 2, tensor 2", "data 8, 2 microbatches", "pmap, 2 microbatches"}
+
+
+def _placements(names):
+    """Return the names as cases; those that only repeat what others show are slow, since each compiles anew."""
+    return [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def _uneven_batch(seed=0):
+    """Return a batch whose rows differ much in length, with a prompt part of weight 0."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+    lengths = rng.integers(2, T + 1, B)
+    position = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
+    inside = position < lengths[:, None]
+    segment = inside.astype(np.int32)
+    weight = (inside & (position + 1 < lengths[:, None])).astype(np.float32)
+    kd = weight * (position >= rng.integers(0, 3, B)[:, None])
+    targets = np.where(weight > 0, np.roll(tokens, -1, 1), 0).astype(np.int32)
+    return Batch(View(tokens, segment, position * inside), position, targets, weight, kd.astype(np.float32))
+
+
+def _recipe(place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True):
+    place = place or placement(MeshConfig(data=1), jax.devices()[:1])
+    teacher = Model(TEACHER, layout=place.constrain)
+    return Recipe(
+        model=Model(student, layout=place.constrain),
+        objective=OBJECTIVE,
+        optimizer=optimizer or optax.sgd(0.5),
+        signal_of=live_teacher(teacher) if with_teacher else no_teacher,
+        microbatches=microbatches,
+        shard=place.shard_loss,
+        axis_name=place.axis_name,
+    )
+
+
+@functools.cache
+def _init(model, seed):
+    return jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(seed)))
+
+
+def _start(recipe, place):
+    """Return state and frozen trees, each where it belongs."""
+    teacher = Model(TEACHER)
+    state = init_state(recipe, _init(replace(recipe.model, layout=anywhere), 1))
+    frozen = {"teacher": _init(teacher, 2)}
+    where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
+    frozen_where = place.state_shardings(frozen, {"teacher": teacher.logical_axes()})
+    return jax.device_put(state, where), jax.device_put(frozen, frozen_where), where
+
+
+def _run(mesh, microbatches, batches, student=STUDENT, devices=None):
+    """Return the metrics of each step and the parameters at the end, as numpy."""
+    place = placement(MeshConfig(**mesh), devices)
+    recipe = _recipe(place, microbatches, student=student)
+    state, frozen, where = _start(recipe, place)
+    do, logged = place.compile_step(partial(step, recipe=recipe), where), []
+    for batch in batches:
+        state, metrics = do(state, frozen, place.put_batch(batch))
+        logged.append({name: float(value) for name, value in metrics.items()})
+    return logged, jax.tree.map(np.asarray, state.params)
+
+
+def _gradient(recipe, batch, params=None):
+    """Return gradient and parts of a batch on one device."""
+    state, frozen, _ = _start(recipe, placement(MeshConfig(data=1), jax.devices()[:1]))
+    state, frozen = (state, frozen) if params is None else (init_state(recipe, params), {"teacher": params})
+    return jax.jit(partial(gradient, recipe))(state, frozen, batch)
+
+
+def _close(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-6, atol=2e-7)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {
+        rate: _run(
+            {"data": 1}, 1, [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=rate), jax.devices()[:1]
+        )
+        for rate in (0.0, 0.2)
+    }
+
+
+@pytest.mark.parametrize("name", _placements(PLACES))
+def test_trap_4_every_placement_and_accumulation_gives_the_same(name, alone):
+    """Losses, gradient norm and, under SGD, parameters: so the summed gradients, on rows of uneven length."""
+    _close(_run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)]), alone[0.0])
+
+
+@pytest.mark.parametrize("name", ["data 2, fsdp 2, tensor 2", "pmap, 2 microbatches"])
+def test_trap_27_dropout_is_drawn_by_global_row(name, alone):
+    logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=0.2))
+    _close((logged, params), alone[0.2])
+    assert abs(logged[0]["loss"] - alone[0.0][0][0]["loss"]) > 1e-4, "dropout is on"
+
+
+def test_trap_27_rows_and_steps_draw_differently():
+    """Equal rows in one batch, and the same batch in two steps, get different masks."""
+    recipe = _recipe(student=replace(STUDENT, dropout=0.5), optimizer=optax.sgd(0.0))
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], B, 0), _uneven_batch())
+    row = partial(_row_losses, recipe, batch)
+    first, second = row(0), row(1)
+    assert len(set(first.tolist())) > B // 2 and not np.any(first == second)
+
+
+def _row_losses(recipe, batch, number):
+    """Return the loss of each row alone, with the masks that it gets within the whole batch."""
+    state, frozen, _ = _start(recipe, placement(MeshConfig(data=1), jax.devices()[:1]))
+
+    @jax.jit
+    def loss_of(i):
+        row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), (batch, _row_keys(recipe, number, B)))
+        return loss_sums(recipe, state.params, frozen, *row)[0]
+
+    return np.asarray([loss_of(i) for i in range(B)])
+
+
+def test_trap_14_packed_rows_give_the_gradient_of_their_examples():
+    """Two examples in one row, apart by segment, against one a row: teacher, student, loss and gradients."""
+    rng = np.random.default_rng(3)
+    lengths = [7, 5]
+    tokens = [rng.integers(0, V, n).astype(np.int32) for n in lengths]
+
+    def make(rows):
+        """Return a batch of rows, each a list of examples."""
+        fields = {name: np.zeros((len(rows), T), np.int32) for name in ("tokens", "segment", "position", "targets")}
+        weight = np.zeros((len(rows), T), np.float32)
+        for i, examples in enumerate(rows):
+            at = 0
+            for number, ids in enumerate(examples, 1):
+                end = at + len(ids)
+                fields["tokens"][i, at:end], fields["segment"][i, at:end] = ids, number
+                fields["position"][i, at:end], weight[i, at : end - 1] = np.arange(len(ids)), 1
+                fields["targets"][i, at : end - 1] = ids[1:]
+                at = end
+        picks = np.broadcast_to(np.arange(T, dtype=np.int32), weight.shape).copy()
+        view = View(fields["tokens"], fields["segment"], fields["position"])
+        return Batch(view, picks, fields["targets"], weight, weight)
+
+    recipe = _recipe()
+    results = [_gradient(recipe, make(rows)) for rows in ([tokens], [[tokens[0]], [tokens[1]]])]
+    _close(results[0], results[1])
+
+
+def test_trap_2_padding_tokens_change_nothing():
+    batch = _uneven_batch()
+    noise = np.random.default_rng(9).integers(0, V, (B, T)).astype(np.int32)
+    other = replace(
+        batch,
+        student=replace(
+            batch.student, tokens_BT=np.where(batch.student.segment_BT == 0, noise, batch.student.tokens_BT)
+        ),
+    )
+    assert np.any(other.student.tokens_BT != batch.student.tokens_BT)
+    recipe = _recipe()
+    first, second = (_gradient(recipe, each) for each in (batch, other))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_trap_11_the_end_of_a_text_is_learnt_even_if_padding_is_the_same_token():
+    """A target equal to the padding token has a gradient: weights decide, never token values."""
+    batch = _uneven_batch()
+    recipe = _recipe(with_teacher=False)
+    rows, ends = batch.ce_weight_BR > 0, np.zeros_like(batch.targets_BR)
+    ends[np.arange(B), rows.sum(1) - 1] = 1
+    last = replace(
+        batch, targets_BR=np.where(ends, 0, batch.targets_BR).astype(np.int32), ce_weight_BR=ends.astype(np.float32)
+    )
+    gradients, metrics = _gradient(recipe, last)
+    assert metrics["ce_tokens"] == B
+    assert np.abs(np.asarray(gradients["student"]["embed"]["embedding"])[0]).max() > 1e-3
+
+
+def test_trap_13_teacher_has_no_dropout_and_no_gradient():
+    teacher = Model(replace(TEACHER, dropout=0.5))
+    signal_of, batch = live_teacher(teacher), jax.tree.map(jnp.asarray, _uneven_batch())
+    frozen = {"teacher": _init(teacher, 2)}
+    first, second = signal_of(frozen, batch), signal_of(frozen, batch)
+    np.testing.assert_array_equal(first.hidden_ND, second.hidden_ND)
+    total = lambda fz: jnp.sum(signal_of(fz, batch).hidden_ND) + jnp.sum(signal_of(fz, batch).head.w_DV)  # noqa: E731
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.grad(total)(frozen)))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts():
+    recipe = _recipe(optimizer=optax.adam(1e-2))
+    place = placement(MeshConfig(data=1), jax.devices()[:1])
+    state, frozen, where = _start(recipe, place)
+    do = place.compile_step(partial(step, recipe=recipe), where)
+    good = _uneven_batch()
+    bad = replace(good, ce_weight_BR=np.where(np.arange(T)[None] == 0, np.nan, good.ce_weight_BR).astype(np.float32))
+    state, _ = do(state, frozen, good)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    for number in (1, 2):
+        state, metrics = do(state, frozen, bad)
+        assert metrics["skipped_in_a_row"] == number and not np.isfinite(metrics["loss"])
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state, metrics = do(state, frozen, good)
+    assert (metrics["skipped_in_a_row"], metrics["skipped"], state.step) == (0, 2, 4)
+
+
+def test_trap_26_the_whole_step_holds_no_logits_and_gathers_no_hidden_states():
+    """The 8-device module of a step: [tokens, V] exists for a chunk alone, and only parameters are gathered."""
+    place = placement(MeshConfig(data=2, fsdp=4))
+    recipe = _recipe(place)
+    state, frozen, where = _start(recipe, place)
+    do = place.compile_step(partial(step, recipe=recipe), where)
+    module = do.lower(state, frozen, place.put_batch(_uneven_batch())).compile().as_text()
+    assert re.search(rf"\[{OBJECTIVE.chunk_tokens},{V}\]", module), "a chunk's logits"
+    local, whole = B // 8, B
+    of_all_tokens = [f"[{n},{V}]" for n in (local * T, whole * T)] + [f"[{n},{T},{V}]" for n in (local, whole)]
+    assert not [shape for shape in of_all_tokens if shape in module]
+    gathered = set(re.findall(r"= \(?\w+(\[[\d,]*\])[^\n]* all-gather", module))
+    assert gathered and not gathered & {f"[{B},{T},{width}]" for width in (STUDENT.width, TEACHER.width)}
+
+
+def test_the_step_is_compiled_once():
+    recipe, place = _recipe(), placement(MeshConfig(data=1), jax.devices()[:1])
+    state, frozen, where = _start(recipe, place)
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return step(*arguments, recipe=recipe)
+
+    do = place.compile_step(counted, where)
+    for seed in range(3):
+        state, _ = do(state, frozen, place.put_batch(_uneven_batch(seed)))
+    assert len(traced) == 1
+
+
+def test_distilling_into_a_copy_of_the_teacher_starts_at_zero():
+    recipe = replace(_recipe(student=TEACHER), objective=ObjectiveConfig(0.0))
+    params = _init(Model(TEACHER), 2)
+    gradients, metrics = _gradient(recipe, _uneven_batch(), params)
+    assert metrics["kd"] == 0 and metrics["agreement"] == pytest.approx(1)
+    assert max(np.abs(g).max() for g in jax.tree.leaves(gradients)) < 1e-6
