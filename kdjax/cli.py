@@ -75,10 +75,18 @@ def _speak_plainly() -> None:
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
     logging.getLogger("kdjax.train").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    sys.unraisablehook = _pass_over_late_callbacks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def _pass_over_late_callbacks(caught: sys.UnraisableHookArgs) -> None:
+    """Report what no code could catch, but for a write that failed and calls back to an event loop that has ended."""
+    if str(caught.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(caught)
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
