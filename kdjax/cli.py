@@ -75,7 +75,8 @@ def _speak_plainly() -> None:
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
     logging.getLogger("kdjax.train").setLevel(logging.INFO)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     sys.unraisablehook = _pass_over_late_callbacks
