@@ -1,6 +1,6 @@
-"""Puts what was measured into README.md, between its markers, so that no figure there is ever typed.
+"""Puts what was measured into README.md and docs/losses.md, between markers, so that no figure there is ever typed.
 
-COMMAND: python -m benchmarks.readme          (--check changes nothing, and exits with 1 where README.md differs)
+COMMAND: python -m benchmarks.readme          (--check changes nothing, and exits with 1 where a page differs)
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Any
 
 from scipy import stats
 
+from benchmarks import harness, loss_table
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+LOSSES = ROOT / "docs" / "losses.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -129,19 +132,35 @@ def render(text: str, results: Path = RESULTS) -> str:
     return text
 
 
+def render_losses(text: str, results: Path = RESULTS) -> str:
+    """Return the page of losses with its table of speed made anew, if it has markers for one."""
+    begin, end = "<!-- loss table: begin -->", "<!-- loss table: end -->"
+    head, found, rest = text.partition(begin)
+    if not found:
+        return text
+    if end not in rest:
+        sys.exit(f"{LOSSES.name} has {begin}, but no {end} after it")
+    return f"{head}{begin}\n{loss_table.markdown(harness.read(results / 'loss.jsonl'))}\n{end}{rest.partition(end)[2]}"
+
+
+PAGES: dict[Path, Callable[[str], str]] = {README: render, LOSSES: render_losses}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write README.md, or check it; return the exit code."""
+    """Write the pages that are there, or check them; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    before = README.read_text()
-    after = render(before)
-    if options.check:
-        if before != after:
-            print("README.md is not what the results say: run python -m benchmarks.readme", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    stale = 0
+    for page, make in PAGES.items():
+        before = page.read_text() if page.exists() else ""
+        after = make(before) if before else ""
+        if options.check and before != after:
+            stale = 1
+            print(f"{page.name} is not what the results say: run python -m benchmarks.readme", file=sys.stderr)
+        elif before != after:
+            page.write_text(after)
+    return stale
 
 
 if __name__ == "__main__":

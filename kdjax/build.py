@@ -18,6 +18,8 @@ from kdjax import data, optim
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.evaluate import sums_of
+from kdjax.losses import ObjectiveConfig
+from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
 from kdjax.models import Model, ModelFile, ModelSpec, open_model, select_layers
 from kdjax.sharding import Placement, placement
 from kdjax.step import Recipe, TrainState, init_state, step
@@ -99,8 +101,8 @@ class Job:
     @cached_property
     def step(self) -> Callable[..., Any]:
         """The placed ``step(state, frozen, batch) -> (state, metrics)``."""
-        # With alpha 1 the teacher only measures: training does not run it.
-        alone = replace(self.recipe, signal_of=no_teacher) if self.recipe.objective.alpha == 1 else self.recipe
+        # With alpha 1 and no inner layers to compare the teacher only measures: training does not run it.
+        alone = self.recipe if self.recipe.objective.needs_teacher else replace(self.recipe, signal_of=no_teacher)
         return self.place.compile_step(partial(step, recipe=alone), self.shardings)
 
     @cached_property
@@ -180,17 +182,41 @@ def _check_length(config: Config, student: Named, teacher: Named | None) -> None
 
 def recipe(config: Config, place: Placement, student: Named, teacher: Named | None) -> Recipe:
     """Return what the step is made of."""
-    params = {"student": jax.eval_shape(student.model.init, jax.random.key(0))}
+    objective, widths = _with_features(config.objective, student, teacher)
+    params = jax.eval_shape(
+        lambda key: {"student": student.model.init(key), "projections": init_projections(widths, key)},
+        jax.random.key(0),
+    )
     return Recipe(
         model=student.model,
-        objective=config.objective,
+        objective=objective,
         optimizer=optim.optimizer(config.optim, config.steps, params),
-        signal_of=no_teacher if teacher is None else live_teacher(teacher.model),
+        signal_of=no_teacher if teacher is None else live_teacher(teacher.model, tapped(objective.features, 1)),
+        steps=config.steps,
         microbatches=config.microbatches,
         seed=config.seed,
         shard=place.shard_loss,
         axis_name=place.axis_name,
+        projections=widths,
     )
+
+
+def _with_features(objective: ObjectiveConfig, student: Named, teacher: Named | None):
+    """Return the objective with each feature's layers filled in, and the widths of the projections that they need."""
+    if not objective.features:
+        return objective, {}
+    if teacher is None:
+        raise UserError("objective.features compares inner layers with a teacher's, but the config has no teacher")
+    sizes = _sizes(student.model), _sizes(teacher.model)
+    features = tuple(resolved(feature, *sizes) for feature in objective.features)
+    return replace(objective, features=features), projections(features, *sizes)
+
+
+def _sizes(model: Model) -> Sizes:
+    c = model.config
+    kv_width = c.kv_heads * c.head_width
+    widths = {"hidden": c.width, "q": c.heads * c.head_width, "k": kv_width, "v": kv_width}
+    return Sizes(c.layers, c.kv_heads, widths)
 
 
 def _tokenizer(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:

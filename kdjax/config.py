@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -233,6 +233,17 @@ def _join(name: str, field: str) -> str:
     return f"{name}.{field}" if name else field
 
 
+def _alternative(kinds: Sequence[Any], value: Any) -> Any:
+    """Return the kind of several that a value from JSON is, or the first one, whose error then tells what is wanted."""
+
+    def fits(kind: Any) -> bool:
+        if get_origin(kind) is Literal:
+            return value in get_args(kind)
+        return isinstance(value, (int, float) if kind is float else kind if kind in WORDS else dict)
+
+    return next(filter(fits, kinds), kinds[0])
+
+
 def _typed(kind: Any, value: Any, where: str, name: str) -> Any:
     """Return a value that JSON gave as the `kind` that the field `name` has.
 
@@ -240,8 +251,9 @@ def _typed(kind: Any, value: Any, where: str, name: str) -> Any:
         UserError: it is none.
     """
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # a part, or None
-        return None if value is None else _typed(arguments[0], value, where, name)
+    if origin in (UnionType, Union):
+        is_none = value is None and NoneType in arguments
+        return None if is_none else _typed(_alternative(arguments, value), value, where, name)
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{where}: {name} is {value!r}; wanted one of {', '.join(arguments)}")
@@ -284,5 +296,7 @@ def differences(old: Config, new: Config) -> list[str]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, tuple) and any(isinstance(inner, dict) for inner in value):
+            value = {str(number): inner for number, inner in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

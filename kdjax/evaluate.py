@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kdjax.losses import ObjectiveConfig
+from kdjax.losses import LOGGED, ObjectiveConfig
 from kdjax.metrics import means
 from kdjax.models import Model
 from kdjax.shapes import Array, Batch, View
@@ -21,7 +21,8 @@ from kdjax.step import Recipe, loss_sums
 
 def sums_of(params: Any, frozen: Any, batch: Batch, recipe: Recipe) -> dict[str, Array]:
     """Return a batch's summed cross entropies (nats), KL(teacher ‖ student) at temperature 1, agreements and tokens."""
-    objective = ObjectiveConfig(alpha=0.0, chunk_tokens=recipe.objective.chunk_tokens)
+    chunks = {name: getattr(recipe.objective, name) for name in ("chunk_tokens", "chunk_mib", "implementation")}
+    objective = ObjectiveConfig(alpha=0.0, **chunks)
     _, parts = loss_sums(replace(recipe, objective=objective), params, frozen, batch)
     sums = parts | {"ce_tokens": jnp.sum(batch.ce_weight_BR), "kd_tokens": jnp.sum(batch.kd_weight_BR)}
     if recipe.axis_name is None:
@@ -38,7 +39,8 @@ def evaluate(sums_of: Callable[[Batch], dict[str, Array]], batches: Iterable[Bat
 
     Returns:
         `ce`, `perplexity` = exp(summed CE / tokens), `tokens`, `seconds`; with a teacher also `kl` (nats a token),
-        `agreement`, `teacher_ce` and `teacher_perplexity`.
+        `agreement`, both models' mean confidence (probability of the likeliest token) and entropy (nats), `teacher_ce`
+        and `teacher_perplexity`.
     """
     began, sums = time.perf_counter(), Counter()
     for batch in batches:
@@ -47,7 +49,7 @@ def evaluate(sums_of: Callable[[Batch], dict[str, Array]], batches: Iterable[Bat
     if "kd" in sums:
         pairs |= {
             "kl": (sums["kd"], sums["kd_tokens"]),
-            "agreement": (sums["agreement"], sums["kd_tokens"]),
+            **{name: (sums[name], sums["kd_tokens"]) for name in LOGGED},
             "teacher_ce": (sums["teacher_ce"], sums["ce_tokens"]),
         }
     return means(pairs) | {"tokens": tokens, "seconds": time.perf_counter() - began}

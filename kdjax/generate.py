@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.losses.fused import head_logits
+from kdjax.losses import head_logits
 from kdjax.models import Cache, Model
 from kdjax.shapes import Array, View
 

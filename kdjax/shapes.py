@@ -29,7 +29,7 @@ DIMENSIONS = {
     "R": "rows (positions) picked of an example",
     "S": "slots of a key/value cache",
     "C": "tokens of a chunk",
-    "P": "picks of a top-k",
+    "P": "picks of a top-k, or draws",
     "A": "microbatches of a step",
 }
 
@@ -128,10 +128,72 @@ class Output:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Signal:
-    """What the teacher says about a batch's rows: its hidden states there and its head. Carries no gradient."""
+    """What the teacher says about a batch's rows: its hidden states there and its head. Carries no gradient.
+
+    Attributes:
+        hidden_ND: after the last norm, at the compared rows.
+        head: the teacher's.
+        taps: tensors of the inner layers that were asked for, by name: [layers asked for, B, T, ...].
+    """
 
     hidden_ND: Array
     head: Head
+    taps: dict[str, Array] = field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mixture:
+    """What several teachers say as one: the distribution Σ_k w_k·p_k at the temperature asked for.
+
+    Attributes:
+        signals: one of each teacher; all have the student's vocabulary.
+        weights_K: of each, summing to 1; or weights_NK, where they differ by token.
+    """
+
+    signals: tuple[Signal, ...]
+    weights_K: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's most likely entries at each row, and the mass of all others together.
+
+    Attributes:
+        ids_NP: vocabulary entries, int32, no entry twice in a row.
+        log_probs_NP: of these, at `temperature`; nothing is renormalised.
+        log_tail_N: log of the mass of all entries that are not among them.
+        temperature: at which the teacher spoke; no other can be had from it.
+    """
+
+    ids_NP: Array
+    log_probs_NP: Array
+    log_tail_N: Array
+    temperature: float = field(default=1.0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """Entries drawn at random from what the teacher says at each row, unbiased: E Σ_j weights_j·1[ids_j = v] = p(v).
+
+    Paper: Anshumann et al. 2025, Sparse Logit Sampling, arXiv:2503.16870, section 3.
+
+    Attributes:
+        ids_NP: vocabulary entries, int32; one may come several times.
+        weights_NP: p(id) / (P·probability of the draw).
+        log_probs_NP: log p(id) at `temperature`.
+        temperature: at which the teacher spoke; no other can be had from it.
+    """
+
+    ids_NP: Array
+    weights_NP: Array
+    log_probs_NP: Array
+    temperature: float = field(default=1.0, metadata={"static": True})
+
+
+AnySignal = Signal | Mixture | TopK | Sampled
 
 
 class Axes(NamedTuple):

@@ -185,29 +185,29 @@ class Placement:
             )
         return jax.jit(function, out_shardings=self.replicated)
 
-    def shard_loss(self, local: Callable[..., Any], tokens: Any, heads: Any) -> Any:
-        """Return ``local(axes, tokens, heads)`` run by each device on its own tokens, heads gathered over fsdp.
+    def shard_loss(self, local: Callable[..., Any], tokens: Any, heads: Any, shared: Any) -> Any:
+        """Return ``local(axes, tokens, heads, shared)`` run by each device on its own tokens, heads gathered over fsdp.
 
         The `shard` of `kdjax.losses.fused_kd_loss`: every leaf of `tokens` has a leading N, every leaf of `heads`
-        ends in V; `local` returns (sums over the mesh, a tree with a leading N, a tree that ends in V).
+        ends in V, and every device gets all of `shared`; `local` returns (sums over the mesh, a tree with a leading N,
+        a tree that ends in V).
         """
         if self.by == "pmap":
-            return local(Axes(), tokens, heads)
+            return local(Axes(), tokens, heads, shared)
         parts = self.mesh.shape["tensor"]
         tensor = "tensor" if parts > 1 and all(x.shape[-1] % parts == 0 for x in jax.tree.leaves(heads)) else None
         of_token = P(BATCH_AXES)
         of_head = jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), tensor), heads)
         run = partial(local, Axes(BATCH_AXES, tensor))
-        kinds = jax.eval_shape(partial(local, Axes()), tokens, heads)
+        kinds = jax.eval_shape(partial(local, Axes()), tokens, heads, shared)
         out = (
             jax.tree.map(lambda x: P(), kinds[0]),
             jax.tree.map(lambda x: of_token, kinds[1]),
             jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), tensor), kinds[2]),
         )
         # check_vma=False: a scan carry that starts as zeros and becomes device-varying is a type error otherwise.
-        return jax.shard_map(run, mesh=self.mesh, in_specs=(of_token, of_head), out_specs=out, check_vma=False)(
-            tokens, heads
-        )
+        specs = (of_token, of_head, jax.tree.map(lambda x: P(), shared))
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(tokens, heads, shared)
 
 
 def _key(k: Any) -> str:

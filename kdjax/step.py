@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kdjax.losses import ObjectiveConfig, fused_kd_loss
-from kdjax.losses.fused import Shard, one_device
+from kdjax.errors import UserError
+from kdjax.losses import FEATURES, Feature, ObjectiveConfig, Shard, fused_kd_loss, one_device
+from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
 from kdjax.models import Model
-from kdjax.shapes import Array, Batch
+from kdjax.shapes import Array, Batch, Signal
 from kdjax.teacher import SignalOf, pick_rows
 
 
@@ -25,7 +26,7 @@ class TrainState:
 
     Attributes:
         step: batches consumed, int32.
-        params: named trees; `student` is trained.
+        params: named trees: `student`, and the learned `projections` of losses of inner layers; both are trained.
         opt_state: the optimiser's.
         skipped: updates left out because loss or gradient was not finite, int32.
         skipped_in_a_row: of these, the latest ones without a good one between, int32.
@@ -47,42 +48,98 @@ class Recipe:
         objective: what is minimised.
         optimizer: an optax chain.
         signal_of: what the teacher says about a microbatch.
+        steps: of the whole run, for schedules.
         microbatches: into how many parts a batch is split, one after the other.
         seed: of all random draws.
         shard: spreads the loss's tokens over a mesh (`Placement.shard_loss`).
         axis_name: the axis to sum over when the step runs under pmap.
+        projections: name -> (student's width, teacher's width) of each learned projection.
     """
 
     model: Model
     objective: ObjectiveConfig
     optimizer: optax.GradientTransformation
     signal_of: SignalOf
+    steps: int = 1
     microbatches: int = 1
     seed: int = 0
     shard: Shard = one_device
     axis_name: str | None = None
+    projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def init_state(recipe: Recipe, student_params: Any) -> TrainState:
     """Return the state before the first step."""
-    params = {"student": student_params}
+    projections = init_projections(recipe.projections, jax.random.key(recipe.seed))
+    params = {"student": student_params, "projections": projections}
     counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: the step donates each
     return TrainState(counts[0], params, recipe.optimizer.init(params), counts[1], counts[2])
 
 
-def loss_sums(recipe: Recipe, params: Any, frozen: Any, batch: Batch, row_keys_B: Array | None = None):
-    """Return the loss of a batch whose weights are used as they are, and its parts: sums, never means."""
-    output = recipe.model.apply(params["student"], batch.student, row_keys_B=row_keys_B)
-    return fused_kd_loss(
+def loss_sums(
+    recipe: Recipe,
+    params: Any,
+    frozen: Any,
+    batch: Batch,
+    row_keys_B: Array | None = None,
+    progress: Array | float = 1.0,
+    token_weight: Array | float = 1.0,
+) -> tuple[Array, dict[str, Array]]:
+    """Return the loss of a batch whose weights are used as they are, and its parts: sums, never means.
+
+    `token_weight` is that of each real token where a loss of inner layers goes by tokens and not by compared rows.
+    """
+    features = recipe.objective.features
+    output = recipe.model.apply(
+        params["student"], batch.student, taps=tuple(tapped(features, 0)), row_keys_B=row_keys_B
+    )
+    signal = recipe.signal_of(frozen, batch)
+    loss, parts = fused_kd_loss(
         pick_rows(output.hidden_BTD, batch.student_rows_BR),
         recipe.model.head(params["student"]),
-        recipe.signal_of(frozen, batch),
+        signal,
         batch.targets_BR.reshape(-1),
         batch.ce_weight_BR.reshape(-1),
         batch.kd_weight_BR.reshape(-1),
         recipe.objective,
+        progress=progress,
         shard=recipe.shard,
     )
+    if not features:
+        return loss, parts
+    sums = feature_sums(recipe, params, batch, output.taps, signal, token_weight)
+    return loss + sum(feature.weight * sums[name] for name, feature in named(features).items()), parts | sums
+
+
+def feature_sums(
+    recipe: Recipe, params: Any, batch: Batch, student_taps: Any, signal: Any, token_weight: Any
+) -> dict[str, Array]:
+    """Return Σ weight·loss of each loss of inner layers, by name; each is the mean over its pairs of layers."""
+    features = recipe.objective.features
+    order = tapped(features, 1)
+    if not isinstance(signal, Signal) or not signal.taps.keys() >= order.keys():
+        raise UserError("objective.features compares inner layers, but the teacher's signal has none; run it live")
+    rows = batch.student_rows_BR, batch.student_rows_BR if batch.teacher_rows_BR is None else batch.teacher_rows_BR
+    kd_weight_N, real_BT = batch.kd_weight_BR.reshape(-1), batch.student.segment_BT > 0
+
+    def of_pair(feature: Feature, pair: tuple[int, int]) -> Array:
+        tap, by_rows = FEATURES[feature.kind].tap, FEATURES[feature.kind].by_rows
+        student, teacher = student_taps[tap][pair[0]], signal.taps[tap][order[tap].index(pair[1])]
+        if by_rows:
+            kernel_DD = params["projections"].get(projection_name(feature, pair), {}).get("kernel")
+            student_ND, teacher_ND = pick_rows(student, rows[0]), pick_rows(teacher, rows[1])
+            return feature_sum(feature, student_ND, teacher_ND, kd_weight_N != 0, kd_weight_N, kernel_DD)
+        if batch.teacher is not None:
+            raise UserError(
+                f"objective.features {feature.kind!r} wants one view of a batch, but the teacher has its own"
+            )
+        student_BTD, teacher_BTD = (x.reshape(*real_BT.shape, -1) for x in (student, teacher))
+        return feature_sum(feature, student_BTD, teacher_BTD, batch.student.segment_BT, real_BT * token_weight)
+
+    return {
+        name: sum(of_pair(feature, pair) for pair in feature.layers) / len(feature.layers)
+        for name, feature in named(features).items()
+    }
 
 
 def step(state: TrainState, frozen: Any, batch: Batch, recipe: Recipe) -> tuple[TrainState, dict[str, Array]]:
@@ -113,10 +170,15 @@ def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tu
         return x if recipe.axis_name is None else lax.psum(x, recipe.axis_name)
 
     batch, weights = normalised(batch, total)
+    if any(not FEATURES[feature.kind].by_rows for feature in recipe.objective.features):
+        weights["real_tokens"] = total(jnp.sum(batch.student.segment_BT > 0).astype(jnp.float32))
+    token_weight = 1 / jnp.maximum(weights.get("real_tokens", 1.0), 1.0)
     row_keys_B = _row_keys(recipe, state.step, batch.targets_BR.shape[0])
     microbatches = jax.tree.map(lambda x: _split(x, recipe.microbatches), (batch, row_keys_B))
+    progress = jnp.clip(state.step / max(recipe.steps - 1, 1), 0, 1)  # 0 at the first step, 1 at the last
     differentiate = jax.value_and_grad(
-        lambda params, micro, keys_B: loss_sums(recipe, params, frozen, micro, keys_B), has_aux=True
+        lambda params, micro, keys_B: loss_sums(recipe, params, frozen, micro, keys_B, progress, token_weight),
+        has_aux=True,
     )
 
     def add(sums, micro):

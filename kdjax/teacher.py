@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kdjax.models import Model
 from kdjax.shapes import Array, Batch, Signal
@@ -26,14 +26,22 @@ def no_teacher(frozen: Any, batch: Batch) -> None:
     return None
 
 
-def live_teacher(model: Model) -> SignalOf:
-    """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen["teacher"]``."""
+def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = None) -> SignalOf:
+    """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen["teacher"]``.
+
+    Args:
+        model: the teacher.
+        layers: tap -> the layers of it that the signal brings along.
+    """
+    layers = layers or {}
 
     def signal_of(frozen: Any, batch: Batch) -> Signal:
-        params = jax.lax.stop_gradient(frozen["teacher"])
+        params = lax.stop_gradient(frozen["teacher"])
         view = batch.student if batch.teacher is None else batch.teacher
         rows_BR = batch.student_rows_BR if batch.teacher_rows_BR is None else batch.teacher_rows_BR
-        hidden_ND = pick_rows(model.apply(params, view).hidden_BTD, rows_BR)
-        return Signal(jax.lax.stop_gradient(hidden_ND), model.head(params))
+        output = model.apply(params, view, taps=tuple(layers))
+        taps = {name: jnp.stack([output.taps[name][i] for i in numbers]) for name, numbers in layers.items()}
+        hidden_ND, taps = lax.stop_gradient((pick_rows(output.hidden_BTD, rows_BR), taps))
+        return Signal(hidden_ND, model.head(params), taps)
 
     return signal_of

@@ -217,11 +217,23 @@ def _log(run: Run, step: int, metrics: dict[str, Any]) -> None:
         "seconds": now - run.since,
     }
     run.write(step, row)
+    _name_not_finite(step, row)
     run.since, run.skipped_in_a_row = now, row["skipped_in_a_row"]
     if run.skipped_in_a_row >= config.abort_after:
         raise UserError(
             f"loss or gradient was not finite {config.abort_after} times in a row, up to step {step}; "
             f"step {run.saved} is the newest saved; lower optim.learning_rate, or look at the data of these steps"
+        )
+
+
+def _name_not_finite(step: int, row: dict[str, float]) -> None:
+    """Stop where objective.debug has found numbers that are not finite, and say in what."""
+    found = {name.removeprefix("not_finite_"): n for name, n in row.items() if name.startswith("not_finite_") and n}
+    if found:
+        where = ", ".join(f"{name} ({n:.0f} numbers)" for name, n in found.items())
+        raise UserError(
+            f"step {step}: not finite: {where}; look at the weights and learning rate of that model, "
+            "or set objective.debug to False to skip such updates"
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kdjax.errors import UserError
 from kdjax.generate import Sampling, choose, generate
-from kdjax.losses.fused import head_logits
+from kdjax.losses import head_logits
 from kdjax.models import Model, ModelConfig
 from kdjax.shapes import View
 

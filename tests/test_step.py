@@ -11,7 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax.losses import ObjectiveConfig
+from kdjax.errors import UserError
+from kdjax.evaluate import sums_of
+from kdjax.losses import Feature, ObjectiveConfig
+from kdjax.losses.features import tapped
 from kdjax.models import Model, ModelConfig
 from kdjax.models.layers import anywhere
 from kdjax.shapes import Batch, View
@@ -23,6 +26,18 @@ B, T, V = 16, 14, 96
 STUDENT = ModelConfig(vocab_size=V, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=48)
 TEACHER = ModelConfig(vocab_size=V, width=24, layers=3, heads=2, kv_heads=2, head_width=12, mlp_width=32)
 OBJECTIVE = ObjectiveConfig(alpha=0.3, temperature=2.0, chunk_tokens=8)
+INNER = replace(
+    OBJECTIVE,
+    features=(
+        Feature("hidden_mse", 50.0, layers=((0, 0), (1, 2))),
+        Feature("hidden_cosine", 0.7, layers=((1, 2),)),
+        Feature("relation_qq", 200.0, layers=((1, 2),), relation_heads=2),
+        Feature("relation_kk", 200.0, layers=((1, 2),), relation_heads=4),
+        Feature("relation_vv", 200.0, layers=((0, 1), (1, 2)), relation_heads=2),
+    ),
+)
+"""All losses of inner layers that add up, so weighted that the gradients of small random models are of one size."""
+PROJECTIONS = ("hidden_mse_0_0", "hidden_mse_1_2", "hidden_cosine_1_2")
 
 PLACES = {
     "data 8": ({"data": 8}, 1),
@@ -57,17 +72,21 @@ def _uneven_batch(seed=0):
     return Batch(View(tokens, segment, position * inside), position, targets, weight, kd.astype(np.float32))
 
 
-def _recipe(place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True):
+def _recipe(
+    place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True, objective=OBJECTIVE, teacher=TEACHER
+):
     place = place or placement(MeshConfig(data=1), jax.devices()[:1])
-    teacher = Model(TEACHER, layout=place.constrain)
+    teacher = Model(teacher, layout=place.constrain)
+    widths = (student.width, teacher.config.width)
     return Recipe(
         model=Model(student, layout=place.constrain),
-        objective=OBJECTIVE,
+        objective=objective,
         optimizer=optimizer or optax.sgd(0.5),
-        signal_of=live_teacher(teacher) if with_teacher else no_teacher,
+        signal_of=live_teacher(teacher, tapped(objective.features, 1)) if with_teacher else no_teacher,
         microbatches=microbatches,
         shard=place.shard_loss,
         axis_name=place.axis_name,
+        projections=dict.fromkeys(PROJECTIONS, widths) if objective.features and widths[0] != widths[1] else {},
     )
 
 
@@ -86,10 +105,10 @@ def _start(recipe, place):
     return jax.device_put(state, where), jax.device_put(frozen, frozen_where), where
 
 
-def _run(mesh, microbatches, batches, student=STUDENT, devices=None):
+def _run(mesh, microbatches, batches, student=STUDENT, devices=None, objective=OBJECTIVE):
     """Return the metrics of each step and the parameters at the end, as numpy."""
     place = placement(MeshConfig(**mesh), devices)
-    recipe = _recipe(place, microbatches, student=student)
+    recipe = _recipe(place, microbatches, student=student, objective=objective)
     state, frozen, where = _start(recipe, place)
     do, logged = place.compile_step(partial(step, recipe=recipe), where), []
     for batch in batches:
@@ -126,6 +145,22 @@ def test_trap_4_every_placement_and_accumulation_gives_the_same(name, alone):
     _close(_run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)]), alone[0.0])
 
 
+@pytest.fixture(scope="module")
+def alone_with_inner_layers():
+    batches = [_uneven_batch(0), _uneven_batch(1)]
+    return _run({"data": 1}, 1, batches, devices=jax.devices()[:1], objective=INNER)
+
+
+@pytest.mark.parametrize("name", _placements(PLACES))
+def test_trap_4_losses_of_inner_layers_add_up_likewise(name, alone_with_inner_layers):
+    logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], objective=INNER)
+    _close((logged, params), alone_with_inner_layers)
+    assert all(logged[0][feature.kind] > 0 for feature in INNER.features)
+    start = init_state(_recipe(objective=INNER), _init(Model(STUDENT), 1)).params["projections"]
+    moved = [np.abs(params["projections"][name]["kernel"] - start[name]["kernel"]).max() for name in PROJECTIONS]
+    assert min(moved) > 1e-4, "projections are trained"
+
+
 @pytest.mark.parametrize("name", ["data 2, fsdp 2, tensor 2", "pmap, 2 microbatches"])
 def test_trap_27_dropout_is_drawn_by_global_row(name, alone):
     logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=0.2))
@@ -154,7 +189,8 @@ def _row_losses(recipe, batch, number):
     return np.asarray([loss_of(i) for i in range(B)])
 
 
-def test_trap_14_packed_rows_give_the_gradient_of_their_examples():
+@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+def test_trap_14_packed_rows_give_the_gradient_of_their_examples(objective):
     """Two examples in one row, apart by segment, against one a row: teacher, student, loss and gradients."""
     rng = np.random.default_rng(3)
     lengths = [7, 5]
@@ -176,12 +212,13 @@ def test_trap_14_packed_rows_give_the_gradient_of_their_examples():
         view = View(fields["tokens"], fields["segment"], fields["position"])
         return Batch(view, picks, fields["targets"], weight, weight)
 
-    recipe = _recipe()
+    recipe = _recipe(objective=objective)
     results = [_gradient(recipe, make(rows)) for rows in ([tokens], [[tokens[0]], [tokens[1]]])]
     _close(results[0], results[1])
 
 
-def test_trap_2_padding_tokens_change_nothing():
+@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+def test_trap_2_padding_tokens_change_nothing(objective):
     batch = _uneven_batch()
     noise = np.random.default_rng(9).integers(0, V, (B, T)).astype(np.int32)
     other = replace(
@@ -191,7 +228,7 @@ def test_trap_2_padding_tokens_change_nothing():
         ),
     )
     assert np.any(other.student.tokens_BT != batch.student.tokens_BT)
-    recipe = _recipe()
+    recipe = _recipe(objective=objective)
     first, second = (_gradient(recipe, each) for each in (batch, other))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -239,10 +276,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts():
     assert (metrics["skipped_in_a_row"], metrics["skipped"], state.step) == (0, 2, 4)
 
 
-def test_trap_26_the_whole_step_holds_no_logits_and_gathers_no_hidden_states():
+@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+def test_trap_26_the_whole_step_holds_no_logits_and_gathers_no_hidden_states(objective):
     """The 8-device module of a step: [tokens, V] exists for a chunk alone, and only parameters are gathered."""
     place = placement(MeshConfig(data=2, fsdp=4))
-    recipe = _recipe(place)
+    recipe = _recipe(place, objective=objective)
     state, frozen, where = _start(recipe, place)
     do = place.compile_step(partial(step, recipe=recipe), where)
     module = do.lower(state, frozen, place.put_batch(_uneven_batch())).compile().as_text()
@@ -251,7 +289,7 @@ def test_trap_26_the_whole_step_holds_no_logits_and_gathers_no_hidden_states():
     of_all_tokens = [f"[{n},{V}]" for n in (local * T, whole * T)] + [f"[{n},{T},{V}]" for n in (local, whole)]
     assert not [shape for shape in of_all_tokens if shape in module]
     gathered = set(re.findall(r"= \(?\w+(\[[\d,]*\])[^\n]* all-gather", module))
-    assert gathered and not gathered & {f"[{B},{T},{width}]" for width in (STUDENT.width, TEACHER.width)}
+    assert gathered and not [shape for shape in gathered if str(T) in re.findall(r"\d+", shape)]
 
 
 def test_the_step_is_compiled_once():
@@ -275,3 +313,74 @@ def test_distilling_into_a_copy_of_the_teacher_starts_at_zero():
     gradients, metrics = _gradient(recipe, _uneven_batch(), params)
     assert metrics["kd"] == 0 and metrics["agreement"] == pytest.approx(1)
     assert max(np.abs(g).max() for g in jax.tree.leaves(gradients)) < 1e-6
+
+
+def test_losses_of_inner_layers_are_means_over_their_own_tokens():
+    """In float64 numpy: hidden states over the divergence's weights, relations over all real tokens."""
+    batch, params = _uneven_batch(), [_init(Model(TEACHER), seed) for seed in (1, 2)]
+    student, teacher = (
+        jax.tree.map(np.float64, Model(TEACHER).apply(p, batch.student, taps=("hidden", "v")).taps) for p in params
+    )
+    features = (Feature("hidden_mse", 0.5, ((0, 1), (2, 2))), Feature("relation_vv", 3.0, ((1, 2),), relation_heads=1))
+    recipe = _recipe(student=TEACHER, objective=replace(OBJECTIVE, features=features))
+    _, metrics = _gradient(recipe, batch)
+    mse_BT = sum(np.mean((student["hidden"][s] - teacher["hidden"][t]) ** 2, -1) for s, t in ((0, 1), (2, 2))) / 2
+    hidden_mse = np.sum(batch.kd_weight_BR * mse_BT) / batch.kd_weight_BR.sum()
+    assert metrics["hidden_mse"] == pytest.approx(hidden_mse, rel=1e-5)
+    lengths, kl = batch.student.segment_BT.sum(1), 0.0
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            q, p = (
+                v[b, t].reshape(-1) @ v[b, : t + 1].reshape(t + 1, -1).T for v in (student["v"][1], teacher["v"][2])
+            )
+            q, p = (np.exp(x / np.sqrt(24)) / np.exp(x / np.sqrt(24)).sum() for x in (q, p))
+            kl += np.sum(p * np.log(p / q))
+    assert metrics["relation_vv"] == pytest.approx(kl / lengths.sum(), rel=1e-4)
+    assert metrics["real_tokens"] == lengths.sum()
+    total = 0.3 * metrics["ce"] + 0.7 * metrics["kd"] + 0.5 * hidden_mse + 3.0 * kl / lengths.sum()
+    assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
+
+
+def test_inner_layers_of_a_copy_of_the_teacher_start_at_zero():
+    recipe = _recipe(student=TEACHER, objective=replace(INNER, features=tuple(_last(f) for f in INNER.features)))
+    _, metrics = _gradient(recipe, _uneven_batch(), _init(Model(TEACHER), 2))
+    assert metrics["hidden_mse"] == 0
+    assert all(0 <= metrics[feature.kind] < 1e-12 for feature in INNER.features)
+
+
+def _last(feature):
+    return replace(feature, layers=((2, 2),))
+
+
+def _with_a_view_of_its_own(batch):
+    """The batch, its teacher seeing two more tokens (of another segment) before each example."""
+    before = lambda x_BT, value: np.pad(x_BT, ((0, 0), (2, 0)), constant_values=value)  # noqa: E731
+    view = batch.student
+    own = View(before(view.tokens_BT, 5), before(view.segment_BT, 9), before(view.position_BT, 0))
+    return replace(batch, teacher=own, teacher_rows_BR=batch.student_rows_BR + 2)
+
+
+def test_hidden_states_of_two_views_are_compared_at_their_own_rows():
+    recipe = _recipe(student=TEACHER, objective=replace(OBJECTIVE, features=(_last(Feature()),)))
+    _, metrics = _gradient(recipe, _with_a_view_of_its_own(_uneven_batch()), _init(Model(TEACHER), 2))
+    assert metrics["hidden_mse"] < 1e-10
+
+
+def test_relations_of_two_views_and_layers_of_no_teacher_are_refused():
+    with pytest.raises(UserError, match="'relation_qq' wants one view of a batch, but the teacher has its own"):
+        _gradient(_recipe(objective=INNER), _with_a_view_of_its_own(_uneven_batch()))
+    with pytest.raises(UserError, match="compares inner layers, but the teacher's signal has none"):
+        _gradient(_recipe(objective=INNER, with_teacher=False), _uneven_batch())
+
+
+def test_evaluation_pays_nothing_for_inner_layers():
+    """The same module with and without: neither taps nor their losses are left in it."""
+
+    def module(objective):
+        recipe = _recipe(objective=objective)
+        state, frozen, _ = _start(recipe, placement(MeshConfig(data=1), jax.devices()[:1]))
+        return jax.jit(partial(sums_of, recipe=recipe)).lower(state.params, frozen, _uneven_batch()).compile()
+
+    plain, inner = module(OBJECTIVE), module(INNER)
+    assert inner.memory_analysis().temp_size_in_bytes == plain.memory_analysis().temp_size_in_bytes
+    assert inner.cost_analysis()["flops"] == plain.cost_analysis()["flops"]

@@ -7,12 +7,14 @@ import signal
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import home, last_step, rows, run, run_until  # noqa: F401 (home is a fixture)
 
 from kdjax import config as configs
 from kdjax import manifest
+from kdjax.build import Job
 from kdjax.checkpoint import open_params
 from kdjax.data import Data
 from kdjax.errors import UserError
@@ -201,6 +203,20 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, config, mon
     assert [row["loss"] is None for row in trained] == [False, True, False, False]
     assert trained[1]["learning_rate"] == trained[2]["learning_rate"]
     assert summary(tmp_path)["skipped"] == 1
+
+
+def test_debug_names_where_numbers_are_not_finite(tmp_path, config, monkeypatch):
+    """A student whose weights are NaN: the run stops at the first step, naming the student's hidden states alone."""
+    start = Job.start
+
+    def spoilt(job):
+        state = start(job)
+        return replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+
+    monkeypatch.setattr(Job, "start", spoilt)
+    config = replace(config, objective=replace(config.objective, debug=True))
+    with pytest.raises(UserError, match=r"^step 1: not finite: student_hidden \(\d+ numbers\); look at the weights"):
+        train(config, tmp_path)
 
 
 def test_numbers_that_stay_bad_end_the_run_and_leave_the_last_good_state(tmp_path, config, monkeypatch):

@@ -1,7 +1,29 @@
 """The objective, its divergences, and the fused loss over hidden states and heads."""
 
-from kdjax.losses.divergences import DIVERGENCES, Divergence
-from kdjax.losses.fused import fused_kd_loss, head_logits
-from kdjax.losses.objective import ObjectiveConfig
+from kdjax.losses.chunk import LOGGED, TOKEN_WEIGHTS
+from kdjax.losses.divergences import DIVERGENCES, Chosen, Divergence, choose
+from kdjax.losses.features import FEATURES, Feature
+from kdjax.losses.fused import IMPLEMENTATIONS, Shard, fused_kd_loss, one_device
+from kdjax.losses.logits import head_logits
+from kdjax.losses.objective import ObjectiveConfig, Term
+from kdjax.losses.sparse import sample, top_k
 
-__all__ = ["DIVERGENCES", "Divergence", "ObjectiveConfig", "fused_kd_loss", "head_logits"]
+__all__ = [
+    "DIVERGENCES",
+    "FEATURES",
+    "IMPLEMENTATIONS",
+    "LOGGED",
+    "TOKEN_WEIGHTS",
+    "Chosen",
+    "Divergence",
+    "Feature",
+    "ObjectiveConfig",
+    "Shard",
+    "Term",
+    "choose",
+    "fused_kd_loss",
+    "head_logits",
+    "one_device",
+    "sample",
+    "top_k",
+]

@@ -1,7 +1,7 @@
 """Cross entropy and divergence to the teacher from hidden states and heads; logits exist for one chunk at a time.
 
 The gradient is computed in the forward pass, chunk by chunk, by `jax.vjp` on the chunk's [C, V] logits: the residuals
-are the gradients themselves, and evaluation pays nothing for them.
+are the gradients themselves, and evaluation pays nothing for them. Tokens of weight 0 are never looked at.
 """
 
 from __future__ import annotations
@@ -16,137 +16,77 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses.divergences import DIVERGENCES
+from kdjax.losses.chunk import Dense, Tokens, check_terms, chunk_loss
+from kdjax.losses.logits import finish, head_logits, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
-from kdjax.shapes import Array, Axes, Head, Signal, check_shapes
+from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
 
-NOWHERE = -1e30
-"""The logit of a vocabulary entry that does not exist: finite, so that differences of two of them are 0, not NaN."""
+MIB = {"cpu": 1024, "other": 4096}
+"""Memory that one chunk's logits may take unless objective.chunk_mib says otherwise."""
 
-
-class Tokens(NamedTuple):
-    """What belongs to a token: every leaf has a leading N."""
-
-    student_ND: Array
-    teacher_ND: Array | None
-    targets_N: Array
-    ce_weight_N: Array
-    kd_weight_N: Array
+COPIES = 8
+"""Arrays of a chunk's logits that exist at one time, at most: 5 of the forward KL, 8 of the JSD, as XLA counts them on
+a CPU."""
 
 
 class Heads(NamedTuple):
     """What all tokens share: every leaf ends in V."""
 
     student: Head
-    teacher: Head | None
+    teachers: tuple[Head, ...]
 
 
-Local = Callable[[Axes, Tokens, Heads], Any]
-Shard = Callable[[Local, Tokens, Heads], Any]
+Local = Callable[[Axes, Tokens, Heads, Array], Any]
+Shard = Callable[[Local, Tokens, Heads, Array], Any]
 """Runs `local` on each device's own tokens; `kdjax.sharding` has the one for a mesh."""
 
 
-def one_device(local: Local, tokens: Tokens, heads: Heads) -> Any:
+def one_device(local: Local, tokens: Tokens, heads: Heads, progress: Array) -> Any:
     """Return ``local`` of all tokens: nothing is shared out."""
-    return local(Axes(), tokens, heads)
+    return local(Axes(), tokens, heads, progress)
 
 
-def _parts(axes: Axes) -> int:
-    """Return over how many devices the vocabulary is spread."""
-    return 1 if axes.tensor is None else lax.axis_size(axes.tensor)
+def chunk_size(objective: ObjectiveConfig, n: int, columns: int, backend: str | None = None) -> int:
+    """Return how many of n tokens make a chunk: as set, or a multiple of 64 whose logits fit the memory budget.
+
+    Where it can, auto makes at least 8 chunks, none below 256 tokens, so that skipping those without weight pays.
+
+    Args:
+        objective: with `chunk_tokens` and `chunk_mib`.
+        n: tokens of a device.
+        columns: of the vocabulary that the device holds.
+        backend: as jax names it; by default the one in use.
+    """
+    if objective.chunk_tokens != "auto":
+        return max(1, min(objective.chunk_tokens, n))
+    mib = objective.chunk_mib or MIB.get(backend or jax.default_backend(), MIB["other"])
+    fits = mib * 2**20 // (4 * columns * COPIES)
+    tokens = min(fits, max(256, n // 8))
+    return max(1, min(max(64, tokens // 64 * 64), n))
 
 
-def _over_V(axes: Axes, reduce: Callable[..., Array], join: Callable[..., Array], x_NV: Array) -> Array:
-    """Return `x_NV` reduced over the vocabulary, joined over the tensor axis."""
-    local_N = reduce(x_NV, axis=-1)
-    return local_N if axes.tensor is None else join(local_N, axes.tensor)
+def _teacher_of(axes: Axes, heads: Heads, teacher: Any) -> Any:
+    """Return what `chunk_loss` compares with: all teachers' logits, or the sparse signal as it is."""
+    if not isinstance(teacher, Dense):
+        return teacher
+    logits = zip(teacher.logits, heads.teachers, strict=True)
+    return Dense(tuple(head_logits(hidden_ND, head, axes) for hidden_ND, head in logits), teacher.weights_NK)
 
 
-def head_logits(hidden_ND: Array, head: Head, axes: Axes = Axes()) -> Array:  # noqa: B008 (a constant)
-    """Return float32 logits_NV of a head: scaled, soft-capped, with padded vocabulary entries at `NOWHERE`."""
-    return _finish(_matmul(hidden_ND, head), head.bias_V, head, axes)
-
-
-def _matmul(hidden_ND: Array, head: Head) -> Array:
-    w_DV = head.w_DV.astype(hidden_ND.dtype)
-    return jnp.einsum("nd,dv->nv", hidden_ND, w_DV, preferred_element_type=jnp.float32)
-
-
-def _finish(raw_NV: Array, bias_V: Array | None, head: Head, axes: Axes) -> Array:
-    """Return logits from the bare product of hidden states and matrix."""
-    logits_NV = raw_NV if bias_V is None else raw_NV + bias_V.astype(jnp.float32)[None, :]
-    if head.scale is not None:
-        logits_NV = logits_NV * head.scale
-    if head.soft_cap is not None:
-        logits_NV = head.soft_cap * jnp.tanh(logits_NV / head.soft_cap)
-    columns = raw_NV.shape[1] * _parts(axes)
-    return (
-        jnp.where(_ids(logits_NV, axes) < head.vocab_size, logits_NV, NOWHERE)
-        if columns > head.vocab_size
-        else logits_NV
-    )
-
-
-def _ids(logits_NV: Array, axes: Axes) -> Array:
-    """Return the vocabulary id of each column, [1, V]."""
-    ids_1V = lax.broadcasted_iota(jnp.int32, (1, logits_NV.shape[1]), 1)
-    return ids_1V if axes.tensor is None else ids_1V + lax.axis_index(axes.tensor) * logits_NV.shape[1]
-
-
-def _log_softmax(logits_NV: Array, axes: Axes) -> Array:
-    top_N1 = _over_V(axes, jnp.max, lax.pmax, lax.stop_gradient(logits_NV))[:, None]
-    shifted_NV = logits_NV - top_N1
-    return shifted_NV - jnp.log(_over_V(axes, jnp.sum, lax.psum, jnp.exp(shifted_NV)))[:, None]
-
-
-def _terms(objective: ObjectiveConfig, axes: Axes, tokens: Tokens, student_NV: Array, teacher_NV: Array | None):
-    """Return the weighted loss of a chunk of logits, and its parts; the parts carry no gradient."""
-    sum_V = partial(_over_V, axes, jnp.sum, lax.psum)
-    is_target_NV = _ids(student_NV, axes) == tokens.targets_N[:, None]
-
-    def cross_entropy(log_NV: Array) -> Array:
-        return -sum_V(jnp.where(is_target_NV, log_NV, 0.0))
-
-    ce = jnp.sum(tokens.ce_weight_N * cross_entropy(_log_softmax(student_NV, axes)))
-    if teacher_NV is None:
-        return ce, {"ce": ce}
-    row, t = DIVERGENCES[objective.divergence], objective.temperature
-    loss_N = row.function(_log_softmax(student_NV / t, axes), _log_softmax(teacher_NV / t, axes), sum_V)
-    kd = row.factor(t) * jnp.sum(tokens.kd_weight_N * loss_N)
-    parts = {
-        "ce": ce,
-        "kd": kd,
-        "teacher_ce": jnp.sum(tokens.ce_weight_N * cross_entropy(_log_softmax(teacher_NV, axes))),
-        "agreement": jnp.sum(tokens.kd_weight_N * _agree(student_NV, teacher_NV, axes)),
-    }
-    return objective.alpha * ce + (1 - objective.alpha) * kd, parts
-
-
-def _agree(student_NV: Array, teacher_NV: Array, axes: Axes) -> Array:
-    """Return 1.0 where one vocabulary entry is the largest of both, else 0.0 (maxima only: argmax is slow on CPUs)."""
-
-    def is_top(logits_NV: Array) -> Array:
-        return logits_NV == _over_V(axes, jnp.max, lax.pmax, logits_NV)[:, None]
-
-    student_NV, teacher_NV = lax.stop_gradient(student_NV), lax.stop_gradient(teacher_NV)
-    both_NV = jnp.where(is_top(student_NV) & is_top(teacher_NV), 1.0, 0.0)
-    return _over_V(axes, jnp.max, lax.pmax, both_NV)
-
-
-def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients: bool, tokens: Tokens):
+def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients: bool, tokens: Tokens, progress: Array):
     """Return the loss and parts of one chunk, and float32 gradients (dh_CD, dw_DV, dbias_V) if asked for."""
     head, bias_V = heads.student, heads.student.bias_V
-    teacher_CV = None if heads.teacher is None else head_logits(tokens.teacher_ND, heads.teacher, axes)
+    over, teacher = vocabulary(head, axes), _teacher_of(axes, heads, tokens.teacher)
 
     def of_raw(raw_CV: Array, bias_V: Array | None):
-        return _terms(objective, axes, tokens, _finish(raw_CV, bias_V, head, axes), teacher_CV)
+        return chunk_loss(objective, over, tokens, progress, finish(raw_CV, bias_V, head, axes), teacher)
 
-    raw_CV = _matmul(tokens.student_ND, head)
+    raw_CV = matmul(tokens.student_ND, head)
     if not with_gradients:
         return of_raw(raw_CV, bias_V), None
     loss, pullback, parts = jax.vjp(of_raw, raw_CV, bias_V, has_aux=True)
     # Every device of the tensor axis holds a copy of the loss, and psum's pullback adds up what all copies send.
-    d_raw_CV, d_bias_V = pullback(jnp.float32(1 / _parts(axes)))
+    d_raw_CV, d_bias_V = pullback(jnp.float32(1 / over.parts))
     # Cast once, before both matmuls, which accumulate in float32: bf16 gradients then err by 0.2 to 0.3 %.
     d_raw_CV, w_DV = d_raw_CV.astype(tokens.student_ND.dtype), head.w_DV.astype(tokens.student_ND.dtype)
     dh_CD = jnp.einsum("cv,dv->cd", d_raw_CV, w_DV, preferred_element_type=jnp.float32)
@@ -154,111 +94,168 @@ def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients:
     return (loss, parts), (dh_CD, dw_DV, d_bias_V)
 
 
-def _chunked(objective: ObjectiveConfig, with_gradients: bool, axes: Axes, tokens: Tokens, heads: Heads):
-    """Return (loss, parts) summed over all tokens of the mesh, and the gradients of this device's share or None."""
+def _chunked(
+    objective: ObjectiveConfig, with_gradients: bool, axes: Axes, tokens: Tokens, heads: Heads, progress: Array
+):
+    """Return (loss, parts) summed over all tokens of the mesh, and the gradients of this device's share or None.
+
+    Tokens that weigh something come first; chunks without any are skipped. The others' rows are never read.
+    """
     n = tokens.targets_N.shape[0]
-    chunk = min(objective.chunk_tokens, n)
+    chunk = chunk_size(objective, n, heads.student.w_DV.shape[1])
     chunks = -(-n // chunk)
+    weighs_N = (tokens.ce_weight_N != 0) | (tokens.kd_weight_N != 0)
+    live = jnp.sum(weighs_N)
+    order_N = jnp.where(jnp.arange(n) < live, jnp.argsort(~weighs_N, stable=True), n)
+    order = jnp.pad(order_N, (0, chunks * chunk - n), constant_values=n)
 
-    def cut(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, chunks * chunk - n)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(chunks, chunk, *x.shape[1:])
+    def take(rows_C: Array) -> Tokens:
+        return jax.tree.map(lambda x: jnp.take(x, rows_C, axis=0, mode="fill", fill_value=0), tokens)
 
-    def body(totals, tokens_C: Tokens):
-        sums, gradients = _chunk(objective, axes, heads, with_gradients, tokens_C)
-        dh_CD = gradients[0] if gradients else None
-        return jax.tree.map(jnp.add, totals, (sums, gradients[1:] if gradients else None)), dh_CD
+    def add(totals, rows_C: Array):
+        sums, gradients = _chunk(objective, axes, heads, with_gradients, take(rows_C), progress)
+        return jax.tree.map(jnp.add, totals, (sums, gradients and gradients[1:])), gradients and gradients[0]
 
-    one = jax.tree.map(lambda x: x[:chunk], tokens)
-    sums, gradients = jax.eval_shape(partial(_chunk, objective, axes, heads, with_gradients), one)
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, gradients[1:] if gradients else None))
-    (sums, head_gradients), dh = lax.scan(body, start, jax.tree.map(cut, tokens))
+    def body(totals, rows_C: Array):
+        # All devices of the tensor axis hold the same tokens, so they go the same way.
+        return lax.cond(rows_C[0] < n, add, lambda totals, rows_C: (totals, nothing), totals, rows_C)
+
+    sums, gradients = jax.eval_shape(
+        lambda rows_C: _chunk(objective, axes, heads, with_gradients, take(rows_C), progress), order[:chunk]
+    )
+    start = _zeros((sums, gradients and gradients[1:]))
+    nothing = gradients and _zeros(gradients[0])
+    (sums, head_gradients), dh = lax.scan(body, start, order.reshape(chunks, chunk))
     sums, head_gradients = lax.psum((sums, head_gradients), axes.batch) if axes.batch else (sums, head_gradients)
-    if dh is None:
+    if not with_gradients:
         return sums, None, None
-    dh_ND = dh.reshape(chunks * chunk, -1)[:n]
+    dh = dh.reshape(chunks * chunk, -1).astype(tokens.student_ND.dtype if axes.tensor is None else jnp.float32)
+    dh_ND = jnp.zeros((n, dh.shape[1]), dh.dtype).at[order].set(dh, mode="drop")
     dh_ND = dh_ND if axes.tensor is None else lax.psum(dh_ND, axes.tensor)
     return sums, dh_ND.astype(tokens.student_ND.dtype), head_gradients
 
 
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(objective: ObjectiveConfig, shard: Shard, trained: tuple[Array, Head], rest: dict, teacher: Head | None):
-    tokens, heads = Tokens(trained[0], **rest), Heads(trained[1], teacher)
-    sums, _, _ = shard(partial(_chunked, objective, False), tokens, heads)
+def _in_chunks(objective: ObjectiveConfig, shard: Shard, trained: tuple[Array, Head], given: tuple):
+    tokens, heads, progress = _put(trained, given)
+    sums, _, _ = shard(partial(_chunked, objective, False), tokens, heads, progress)
     return sums
 
 
-def _loss_forward(objective, shard, trained, rest, teacher):
-    hidden_ND, head = trained
-    tokens, heads = Tokens(hidden_ND, **rest), Heads(head, teacher)
-    sums, dh_ND, (dw_DV, d_bias_V) = shard(partial(_chunked, objective, True), tokens, heads)
-    d_head = replace(head, w_DV=dw_DV.astype(head.w_DV.dtype), bias_V=d_bias_V)
-    return sums, (dh_ND, d_head)
+def _in_chunks_forward(objective, shard, trained, given):
+    tokens, heads, progress = _put(trained, given)
+    sums, dh_ND, (dw_DV, d_bias_V) = shard(partial(_chunked, objective, True), tokens, heads, progress)
+    head = trained[1]
+    return sums, (dh_ND, replace(head, w_DV=dw_DV.astype(head.w_DV.dtype), bias_V=d_bias_V))
 
 
-def _loss_backward(objective, shard, gradients, cotangents):
+def _in_chunks_backward(objective, shard, gradients, cotangents):
     of_loss, _ = cotangents
-    return jax.tree.map(lambda x: (x * of_loss).astype(x.dtype), gradients), None, None
+    return jax.tree.map(lambda x: (x * of_loss).astype(x.dtype), gradients), None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _put(trained: tuple[Array, Head], given: tuple) -> tuple[Tokens, Heads, Array]:
+    (hidden_ND, head), (rest, teachers, progress) = trained, given
+    return Tokens(hidden_ND, *rest), Heads(head, teachers), progress
+
+
+def _reference(objective: ObjectiveConfig, shard: Shard, trained: tuple[Array, Head], given: tuple):
+    """Return the loss and parts from the logits of all tokens at once, differentiated by jax."""
+    tokens, heads, progress = _put(trained, given)
+    student_NV, teacher = head_logits(tokens.student_ND, heads.student), _teacher_of(Axes(), heads, tokens.teacher)
+    loss, parts = chunk_loss(objective, vocabulary(heads.student), tokens, progress, student_NV, teacher)
+    return loss, lax.stop_gradient(parts)
+
+
+IMPLEMENTATIONS = {"chunked": _in_chunks, "reference": _reference}
+"""Ways to the same numbers. Each is ``f(objective, shard, (student_hidden_ND, student_head), given)``."""
 
 
 def fused_kd_loss(
     student_hidden_ND: Array,
     student_head: Head,
-    signal: Signal | None,
+    signal: AnySignal | None,
     targets_N: Array,
     ce_weight_N: Array,
     kd_weight_N: Array,
     objective: ObjectiveConfig,
     *,
+    token_weights: dict[str, Array] | None = None,
+    progress: Array | float = 0.0,
     shard: Shard = one_device,
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the summed loss Σ α·w_ce·CE + (1 − α)·w_kd·f(T)·D and its parts, without logits for all tokens.
+    """Return the summed loss Σ α·w_ce·CE + (1 − α)·Σ_i w_i·w_kd·f_i(T_i)·D_i and its parts, never all logits at once.
 
     Differentiable in `student_hidden_ND` and the student head's matrix and bias; the signal, targets and weights get
     no gradient, and nor do the parts. Arithmetic on logits is float32 whatever the inputs are. Peak temporary memory
-    is O(chunk_tokens·V).
+    is O(chunk_tokens·V). Tokens of weight 0 cost nothing and may hold anything, NaN too.
 
     Args:
         student_hidden_ND: hidden states at the compared rows, in the compute dtype.
         student_head: in its stored dtype, cast inside.
-        signal: what the teacher says, or None for the cross entropy alone.
+        signal: what the teacher says (its hidden states and head, a mixture of such, or a sparse signal), or None for
+            the cross entropy alone.
         targets_N: next tokens, int32.
         ce_weight_N: divided by the global weight already, so that losses of microbatches and devices add up.
         kd_weight_N: likewise; the two totals may differ.
-        objective: α, temperature, divergence, chunk size.
+        objective: terms, weights, temperatures, chunk size.
+        token_weights: arrays_N by name, for terms whose `token_weight` names one.
+        progress: share of the run that is done, 0 to 1, for schedules.
         shard: spreads tokens over a mesh; then weights are global and the result is the sum over all devices.
 
     Returns:
-        The loss, and weighted sums: `ce`; with a teacher also `kd` (with its factor), `teacher_ce` and `agreement`
-        (share of tokens whose most likely next token is the same).
+        The loss, and weighted sums: `ce`, and `ce_even` and `z_loss` where the objective has them; with a teacher also
+        `kd` (with its factor; several terms also one by one), `agreement` (share of tokens whose likeliest next token
+        is the same), both confidences and entropies, and `teacher_ce`, as far as the signal tells them.
 
     Raises:
-        UserError: shapes or vocabularies that do not fit.
+        UserError: shapes or vocabularies that do not fit, or a divergence that the signal does not give.
     """
     check_shapes(student_hidden_ND=student_hidden_ND, student_head_DV=student_head.w_DV)
     check_shapes(student_hidden_ND=student_hidden_ND, targets_N=targets_N, ce_N=ce_weight_N, kd_N=kd_weight_N)
-    teacher_ND, teacher = None, None
+    weights = token_weights or {}
+    check_shapes(targets_N=targets_N, **{f"token_weights[{name!r}]_N": x for name, x in weights.items()})
     if signal is not None:
-        check_shapes(student_hidden_NX=student_hidden_ND, teacher_hidden_ND=signal.hidden_ND)
-        check_shapes(teacher_hidden_ND=signal.hidden_ND, teacher_head_DV=signal.head.w_DV)
-        if student_head.vocab_size != signal.head.vocab_size:
+        kind = Dense if isinstance(signal, Signal | Mixture) else type(signal)
+        check_terms(objective, kind, getattr(signal, "temperature", 1.0), weights)
+    student_head, teacher, heads = _fit(student_hidden_ND, student_head, signal)
+    teacher, heads, weights = lax.stop_gradient((teacher, heads, weights))
+    given = (teacher, targets_N, ce_weight_N, kd_weight_N, weights), heads, jnp.float32(progress)
+    loss, parts = IMPLEMENTATIONS[objective.implementation](objective, shard, (student_hidden_ND, student_head), given)
+    if objective.debug:
+        parts |= {f"not_finite_{name}": _not_finite(x) for name, x in _looked_at(student_hidden_ND, teacher).items()}
+    return loss, parts
+
+
+def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, Any, tuple[Head, ...]]:
+    """Return the student's head, what each token has of the teacher, and the teachers' heads, all of equal columns."""
+    if signal is None:
+        return head, None, ()
+    if isinstance(signal, TopK | Sampled):
+        check_shapes(student_hidden_NX=hidden_ND, ids_NP=signal.ids_NP, log_probs_NP=signal.log_probs_NP)
+        return head, signal, ()
+    signals = signal.signals if isinstance(signal, Mixture) else (signal,)
+    for one in signals:
+        check_shapes(student_hidden_NX=hidden_ND, teacher_hidden_ND=one.hidden_ND)
+        check_shapes(teacher_hidden_ND=one.hidden_ND, teacher_head_DV=one.head.w_DV)
+        if head.vocab_size != one.head.vocab_size:
             raise UserError(
-                f"student vocabulary {student_head.vocab_size}, teacher vocabulary {signal.head.vocab_size}: "
+                f"student vocabulary {head.vocab_size}, teacher vocabulary {one.head.vocab_size}: "
                 "a divergence compares one vocabulary; give both models one tokenizer"
             )
-        columns = min(student_head.w_DV.shape[1], signal.head.w_DV.shape[1])
-        student_head = _first_columns(student_head, columns)
-        teacher_ND, teacher = lax.stop_gradient((signal.hidden_ND, _first_columns(signal.head, columns)))
-    rest = {
-        "teacher_ND": teacher_ND,
-        "targets_N": targets_N,
-        "ce_weight_N": ce_weight_N,
-        "kd_weight_N": kd_weight_N,
-    }
-    return _loss(objective, shard, (student_hidden_ND, student_head), rest, teacher)
+    columns = min(one.w_DV.shape[1] for one in (head, *(one.head for one in signals)))
+    weights_NK = None
+    if isinstance(signal, Mixture):
+        weights_NK = jnp.broadcast_to(signal.weights_K, (hidden_ND.shape[0], len(signals)))
+    heads = tuple(_first_columns(one.head, columns) for one in signals)
+    return _first_columns(head, columns), Dense(tuple(one.hidden_ND for one in signals), weights_NK), heads
 
 
 def _first_columns(head: Head, columns: int) -> Head:
@@ -266,3 +263,15 @@ def _first_columns(head: Head, columns: int) -> Head:
     if head.w_DV.shape[1] == columns:
         return head
     return replace(head, w_DV=head.w_DV[:, :columns], bias_V=None if head.bias_V is None else head.bias_V[:columns])
+
+
+def _looked_at(student_hidden_ND: Array, teacher: Any) -> dict[str, Array]:
+    """Return the arrays that should be finite, by name."""
+    named = {"student_hidden": student_hidden_ND}
+    if isinstance(teacher, Dense):
+        return named | {f"teacher_{number}_hidden": x for number, x in enumerate(teacher.logits)}
+    return named if teacher is None else named | {"teacher_log_probs": teacher.log_probs_NP}
+
+
+def _not_finite(x: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)

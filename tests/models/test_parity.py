@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdjax.generate import generate
-from kdjax.losses.fused import head_logits
+from kdjax.losses import head_logits
 from kdjax.models import Model, export, open_model
 from kdjax.models.convert import disk_tensors
 from kdjax.models.registry import FAMILIES

@@ -1,0 +1,165 @@
+"""What benchmarks.loss measured, as tables in Markdown and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+MISSING = "–"
+
+
+def _number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """Return a number with so many digits that count, and its unit."""
+    if value is None:
+        return MISSING
+    shown = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    return (f"{float(shown):.1e}" if "e" in shown else shown) + unit
+
+
+def _seconds(row: Row) -> str:
+    return f"{_number(row['seconds'])} ({_number(row['seconds_min'])} to {_number(row['seconds_max'])})"
+
+
+def _megabytes(name: str) -> Callable[[Row], str]:
+    return lambda row: _number(row[name] / 1e6 if row.get(name) is not None else None)
+
+
+def _figure(name: str, factor: float = 1.0, unit: str = "") -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.get(name)
+        return _number(value * factor if value is not None else None, unit)
+
+    return cell
+
+
+Columns = dict[str, Callable[[Row], str]]
+SPEED: Columns = {
+    "variant": lambda row: row["variant"] + (f", chunks of {row['chunk_tokens']:,}" if row.get("chunk_tokens") else ""),
+    "seconds (range)": _seconds,
+    "rounds": lambda row: str(row["rounds"]),
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "time to plain": _figure("ratio_to_plain"),
+    "time to chunked": _figure("ratio_to_chunked"),
+    "share of floor": _figure("floor_share", 100, " %"),
+    "temporary MB": _megabytes("temp_less_dw_bytes"),
+    "with dW sum": _megabytes("temp_with_dw_bytes"),
+    "measured MB": _megabytes("measured_bytes"),
+}
+ACCURACY: Columns = {
+    "divergence": lambda row: f"`{row['divergence']}`",
+    "variant": lambda row: row["variant"],
+    "dtype": lambda row: row["dtype"],
+    "std of logits": lambda row: str(row["std"]),
+    "value": _figure("value"),
+    "error of value": _figure("value_error", 100, " %"),
+    "of dh": _figure("dh_error", 100, " %"),
+    "of dW": _figure("dw_error", 100, " %"),
+    "smallest": _figure("smallest"),
+}
+KINDS = {"speed": SPEED, "accuracy": ACCURACY}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a Markdown table of rows of one kind."""
+    columns = KINDS[rows[0]["kind"]]
+    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+IDENTITY = ("kind", "tokens", "vocab", "student", "teacher", "dtype", "divergence")
+
+
+def newest(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each problem on each device, those of its last run alone, in the order first seen."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        group = groups.setdefault((device_of(row), *(row.get(name) for name in IDENTITY)), [])
+        if group and group[0]["at"] != row["at"]:
+            group.clear()
+        group.append(row)
+    return list(groups.values())
+
+
+def device_of(row: Row) -> str:
+    """Return what a row was measured on, in words."""
+    here = row["environment"]
+    return (
+        f"{here.get('cpu_model') or here['device']} ({here['devices']} {here['platform']}, {here['cpu_cores']} cores)"
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return all that was measured: a section for each device, a table for each case, and one of accuracy."""
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.loss` writes the figures that stand here."
+    cases, lines = newest(rows), []
+    for device in dict.fromkeys(device_of(case[0]) for case in cases):
+        mine = [case for case in cases if device_of(case[0]) == device]
+        lines += [f"Measured on {device}; {_versions(mine)}.", ""]
+        for case in (case for case in mine if case[0]["kind"] == "speed"):
+            lines += [f"**{_title(case)}**", "", *table(case), ""]
+        exact = [row for case in mine if case[0]["kind"] == "accuracy" for row in case]
+        lines += ["**Accuracy**, cross entropy left out", "", *table(exact), ""] if exact else []
+    return "\n".join([*lines, LEGEND])
+
+
+LEGEND = (
+    "Median (range) of value and gradients over interleaved rounds; ratios are medians of those of each round. "
+    "Temporary memory is the compiler's own figure, without and with the float32 sum of dW; measured is how much the "
+    "process grew at most in a run, its results included, for all alike. The floor is what the bare matmuls would "
+    "take: 2·N·V·(D_s + D_t) + 4·N·V·D_s operations at the rate of the row *matmuls*, which does them for 1,024 "
+    "tokens. TRL's loss and Liger's in Triton have no cross entropy and are timed without. Errors are relative (root "
+    "mean square) to float32 whole logits on the same inputs; the smallest is that of single tokens, of random and of "
+    "nearly equal models."
+)
+
+
+def _title(case: Sequence[Row]) -> str:
+    row = case[0]
+    size = f"{row['tokens']:,} tokens, V {row['vocab']:,}, D {row['student']:,}/{row['teacher']:,}"
+    rate = row.get("matmul_flops")
+    return f"`{row['divergence']}`, {size}, {row['dtype']}" + (f", {rate / 1e9:,.0f} GFLOP/s" if rate else "")
+
+
+def _versions(cases: Sequence[Sequence[Row]]) -> str:
+    def seen(name: str) -> str:
+        values = (row["environment"].get(name) for case in cases for row in case)
+        return " and ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+    names = ("python", "kdjax", "jax", "torch", "trl", "liger-kernel")
+    versions = ", ".join(f"{name} {seen(name)}" for name in names if seen(name))
+    changed = " with changes" if any(row["environment"].get("dirty") for case in cases for row in case) else ""
+    return f"{versions}; commit {seen('commit')}{changed}"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw time and measured memory relative to plain, a group of bars for each case that has a plain row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "kdjax"
+    cases = [case for case in newest(rows) if any(row.get("ratio_to_plain") for row in case)]
+    cases = [case for case in cases if case[0]["vocab"] == max(case[0]["vocab"] for case in cases)]
+    figure, axes = plt.subplots(len(cases), 2, figsize=(9, 1.6 + 1.5 * len(cases)), squeeze=False, sharex="col")
+    for (left, right), case in zip(axes, cases, strict=True):
+        shown = [row for row in case if row["variant"] != "matmuls"]
+        names = [row["variant"] for row in shown]
+        base = next(row["measured_bytes"] for row in case if row["variant"] == "plain")
+        left.barh(names, [row["ratio_to_plain"] or 0 for row in shown])
+        right.barh(names, [row["measured_bytes"] / base if base and row["measured_bytes"] else 0 for row in shown])
+        left.set_title(_title(case).replace("`", ""), fontsize=8, loc="left")
+        right.set_yticks([])
+        for axis in (left, right):
+            axis.invert_yaxis()
+            axis.axvline(1, color="grey", linewidth=0.8)
+    axes[-1][0].set_xlabel("time relative to plain")
+    axes[-1][1].set_xlabel("memory relative to plain")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,294 @@
+"""The loss's benchmark measures what it says: its arithmetic, its bookkeeping, its table, and its peers' numbers."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from benchmarks import harness, loss, loss_table, peers, readme
+from benchmarks.harness import Trial, Variant
+from benchmarks.loss_accuracy import nearly_equal, relative
+from benchmarks.loss_cases import (
+    Case,
+    Size,
+    beta_of,
+    chunked,
+    gradients,
+    half_masked,
+    make_inputs,
+    plain,
+    problem,
+    with_and_without_dw,
+)
+from kdjax.losses import ObjectiveConfig
+
+ROOT = Path(__file__).parents[1]
+SIZE = Size(12, 40, 5, 7)
+
+
+def log_softmax(x):
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl(p_log, q_log):
+    return (np.exp(p_log) * (p_log - q_log)).sum(-1)
+
+
+def expected(x, alpha, beta):
+    """Return value, dh and dW in float64 numpy, by the formulae: dL/dlogits = q·(g − Σ q·g) with g = df/dq."""
+    h, w, t, tw = (np.asarray(a, np.float64) for a in x[:4])
+    targets, weight = np.asarray(x.targets_N), np.asarray(x.weight_N, np.float64)[:, None]
+    q_log, p_log = log_softmax(h @ w), log_softmax(t @ tw)
+    q, p, one = np.exp(q_log), np.exp(p_log), np.eye(w.shape[1])[targets]
+    if beta == 0:
+        divergence, d = kl(p_log, q_log), q - p
+    else:
+        m_log = np.log(beta * p + (1 - beta) * q)
+        divergence = beta * kl(p_log, m_log) + (1 - beta) * kl(q_log, m_log)
+        g = (1 - beta) * (q_log - m_log)
+        d = q * (g - (q * g).sum(-1, keepdims=True))
+    value = (weight[:, 0] * (-alpha * q_log[np.arange(len(targets)), targets] + (1 - alpha) * divergence)).sum()
+    d = weight * (alpha * (q - one) + (1 - alpha) * d)
+    return value, d @ w.T, h.T @ d
+
+
+@pytest.mark.parametrize("way", [plain, chunked])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd(beta=0.25)"])
+def test_both_ways_are_the_loss_that_is_described(way, masked, name):
+    x = make_inputs(SIZE, "f32")
+    x = half_masked(x) if masked else x
+    wanted = expected(x, 0.5, beta_of(name))
+    (value, _), (dh, dw) = gradients(way, ObjectiveConfig(alpha=0.5, divergence=name, chunk_tokens=5), x)
+    assert value == pytest.approx(wanted[0], rel=1e-5)
+    assert relative(dh, wanted[1]) < 1e-5 and relative(dw, wanted[2]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.needs_cuda])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.25])
+def test_peers_compute_the_same_loss(name, beta):
+    pytest.importorskip("torch")
+    if name == "Liger compiled":
+        pytest.importorskip("liger_kernel")
+    try:
+        made = peers.PEERS[name].make(0.3, beta)
+    except ImportError as error:
+        pytest.skip(str(error))
+    x = make_inputs(SIZE, "f32")
+    found = peers.in_numpy(peers.closure(made, peers.place(problem(x), "cpu"))())
+    wanted = expected(x, 0.3 if peers.PEERS[name].has_ce else 0.0, beta)
+    assert [relative(a, b) < 1e-5 for a, b in zip(found, wanted, strict=True)] == [True] * 3
+
+
+def test_bfloat16_goes_to_torch_by_its_bits():
+    pytest.importorskip("torch")
+    x = np.array([[1.5, -3.0e38], [0.0, 2.0**-130]], ml_dtypes.bfloat16)
+    assert np.array_equal(peers.to_torch(x, "cpu").float().numpy(), x.astype(np.float32))
+
+
+def test_logits_have_the_standard_deviation_that_is_asked_for():
+    x = make_inputs(Size(300, 400, 50, 70), "f32", std=0.1)
+    for hidden, matrix in ((x.student_ND, x.student_DV), (x.teacher_ND, x.teacher_DV)):
+        assert float(jnp.std(hidden @ matrix)) == pytest.approx(0.1, rel=0.1)
+    assert float(x.weight_N.sum()) == pytest.approx(1)
+    assert int(jnp.count_nonzero(half_masked(x).weight_N)) == 150
+
+
+def test_nearly_equal_models_have_a_small_divergence():
+    x = nearly_equal(make_inputs(SIZE, "f32"))
+    assert 0 < expected(x, 0.0, 0.0)[0] < 1e-3
+
+
+def test_the_floor_and_the_sum_of_dw():
+    """2·N·V·(D_s + D_t) + 4·N·V·D_s with N 2, V 3, D 5/7 is 144 + 120."""
+    assert Size(2, 3, 5, 7).floor == 264
+    size = Size(2, 3, 5, 7)
+    assert with_and_without_dw(Case(size, "f32", "x"), 100, True) == (100, 160)
+    assert with_and_without_dw(Case(size, "bf16", "x"), 100, True) == (40, 100)
+    assert with_and_without_dw(Case(size, "bf16", "x"), 100, False) == (100, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd(beta=0.25)", 0.25), ("cosine", None)]
+)
+def test_the_beta_of_peers(name, beta):
+    assert beta_of(name) == beta
+
+
+def fixed(name, rounds, seconds=0.0, log=None):
+    return Variant(name, lambda: log.append(name), rounds, 1.0, lambda run: run())
+
+
+def test_rounds_are_interleaved_and_begin_with_each_in_turn():
+    log = []
+    trials = harness.interleave([fixed("a", 3, log=log), fixed("b", 3, log=log), fixed("c", 1, log=log)], least=3)
+    assert log == ["a", "b", "c", "b", "a", "a", "b"]
+    assert {name: list(of) for name, of in trials.items()} == {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0]}
+
+
+def test_no_round_begins_after_the_deadline_once_enough_are_done():
+    trials = harness.interleave([fixed("a", 9, log=[])], least=2, deadline=0.0)
+    assert list(trials["a"]) == [0, 1]
+
+
+def test_medians_and_ratios_are_of_the_same_rounds():
+    base = {0: Trial(1.0, 10), 1: Trial(2.0, 30), 2: Trial(4.0, 20)}
+    other = {0: Trial(3.0, None), 1: Trial(4.0, None)}
+    assert harness.ratio(other, base) == 2.5 and harness.ratio(other, {2: Trial(1.0, 1)}) is None
+    assert harness.summary(base) == {
+        "seconds": 2.0,
+        "seconds_min": 1.0,
+        "seconds_max": 4.0,
+        "rounds": 3,
+        "measured_bytes": 30,
+    }
+    assert harness.summary(other)["measured_bytes"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_what_a_run_adds_at_most():
+    kept = np.ones(4_000_000)
+
+    def run():
+        first = np.ones(5_000_000)
+        del first
+        return np.ones(2_000_000)
+
+    found = harness.resident_growth(run)
+    if found is None:
+        pytest.skip("this kernel does not reset the high-water mark")
+    assert 38e6 < found < 46e6 and kept.size
+    assert harness.resident_growth(lambda: None) < 4e6
+
+
+def test_progress_shares_out_what_is_left_of_the_budget():
+    progress = harness.Progress(cost=10.0, budget=100.0)
+    progress.start = 0.0
+    assert harness.Progress(1.0, None).deadline(1.0) == math.inf
+    progress.start = harness.time.monotonic()
+    progress.drop(5.0)
+    assert progress.deadline(1.0) - harness.time.monotonic() == pytest.approx(20, abs=1)
+    progress.budget = 0.0
+    assert progress.deadline(1.0) <= harness.time.monotonic() and progress.is_over()
+
+
+def rows(**more):
+    here = {"device": "cpu", "platform": "cpu", "devices": 1, "cpu_cores": 2, "commit": "abc", "dirty": False}
+    common = {"what": "loss", "kind": "speed", "case": "a case", "at": "1"} | SIZE._asdict()
+    common |= {"dtype": "f32", "divergence": "forward_kl", "rounds": 7, "seconds_min": 1.0, "seconds_max": 3.0}
+    common |= {"tokens_per_second": 6.0, "floor_share": 0.5, "measured_bytes": 2_000_000, "matmul_flops": 1e12}
+    return [
+        common | {"variant": name, "seconds": seconds, "ratio_to_plain": seconds / 2, "environment": here} | more
+        for name, seconds in (("plain", 2.0), ("chunked", 1.0))
+    ]
+
+
+def test_the_table_shows_the_last_run_of_each_case():
+    text = loss_table.markdown([*rows(seconds=9.0), *rows(at="2")])
+    lines = [re.sub(r" +", " ", line) for line in text.splitlines()]
+    assert "| chunked | 1 (1 to 3) | 7 | 6 | 0.5 | – | 50 % | – | – | 2 |" in lines
+    assert not re.search(r"\| 9 ", text) and "commit abc" in text and "1,000 GFLOP/s" in text
+    assert "Not measured yet" in loss_table.markdown([])
+
+
+@pytest.mark.parametrize(
+    "value, shown", [(None, "–"), (0.44444, "0.444"), (12345.6, "12,346"), (0, "0"), (1e-9, "1.0e-09")]
+)
+def test_numbers_have_the_digits_one_reads(value, shown):
+    assert loss_table._number(value) == shown
+
+
+def test_the_page_of_losses_is_filled_between_its_markers(tmp_path):
+    harness.append(tmp_path / "loss.jsonl", rows())
+    text = "a\n<!-- loss table: begin -->\nold\n<!-- loss table: end -->\nb\n"
+    filled = readme.render_losses(text, tmp_path)
+    assert "chunked" in filled and "old" not in filled and filled.startswith("a\n") and filled.endswith("\nb\n")
+    assert readme.render_losses(filled, tmp_path) == filled
+    assert readme.render_losses("no markers", tmp_path) == "no markers"
+    with pytest.raises(SystemExit, match="no <!-- loss table: end"):
+        readme.render_losses("<!-- loss table: begin -->", tmp_path)
+
+
+def test_the_page_of_losses_shows_what_was_measured():
+    text = readme.LOSSES.read_text() if readme.LOSSES.exists() else ""
+    assert readme.render_losses(text) == text, "run python -m benchmarks.readme"
+
+
+def options(*arguments):
+    return loss.parser().parse_args(arguments)
+
+
+def test_the_default_plan_has_what_is_promised():
+    plan = loss.chosen_plan(options())
+    large = [case for case in plan if case.size == loss.LARGE]
+    assert {case.dtype for case in large} == {"f32", "bf16"} and all(case.least >= 7 for case in large)
+    assert {case.divergence for case in plan if case.size == loss.SMALL} == {n for n in loss.every() if loss.known(n)}
+    assert {case.size for case in loss.chosen_plan(options("--full"))} >= set(loss.SIZES)
+
+
+def test_options_choose_and_an_unknown_divergence_is_a_line(capsys):
+    plan = loss.chosen_plan(
+        options("--sizes", "9,8,7,6", "--divergences", "forward_kl", "nonsense", "--dtype", "f32", "--rounds", "4")
+    )
+    assert plan == [Case(Size(9, 8, 7, 6), "f32", "forward_kl", 4, 4, 4)]
+    assert "skipped nonsense" in capsys.readouterr().err
+    assert all(case.peer_rounds == 0 for case in loss.chosen_plan(options("--no-peers")))
+
+
+@pytest.mark.parametrize("wrong", [["--sizes", "1,2,3"], ["--sizes", "1,2,3,x"], ["--rounds", "0"], ["--dtype", "f8"]])
+def test_wrong_options_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        options(*wrong)
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_skipped_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.loss_cases.available_bytes", lambda: 1000)
+    case = Case(SIZE, "f32", "forward_kl", 1, 1)
+    makers = loss.engine_makers(case, make_inputs(SIZE, "f32"), ObjectiveConfig())
+    assert loss._made(case, "plain", makers["plain"]) is None
+    assert "skipped plain in forward_kl" in capsys.readouterr().err
+
+
+def test_sources_are_told_apart_by_commit_and_changes():
+    here = harness.environment()
+    assert harness.same_sources({"environment": here}, here)
+    assert not harness.same_sources({"environment": here | {"dirty": "f00d"}}, here)
+
+
+def test_when_time_is_over_the_rest_is_skipped_with_a_line(tmp_path, capsys):
+    recorder = loss.Recorder(tmp_path / "loss.jsonl", resume=False)
+    loss.run_speed([Case(SIZE, "f32", "forward_kl", 1, 1)], recorder, options(), budget=-1.0)
+    assert recorder.rows == [] and "no time left; --resume goes on here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_quick_run_records_shows_and_resumes(tmp_path):
+    path = tmp_path / "loss.jsonl"
+    command = [sys.executable, "-m", "benchmarks.loss", "--quick", "--dtype", "f32", "--divergences", "forward_kl"]
+    command += ["--results", str(path), "--resume", "--no-peers"]
+
+    def run(*more):
+        found = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0, found.stderr
+        return found
+
+    first = run()
+    kept = path.read_text()
+    last = json.loads(first.stdout.splitlines()[-1])
+    assert last["rows"] == len(kept.splitlines()) == 6 and "eta" in first.stderr
+    by = {row["variant"]: row for row in map(json.loads, kept.splitlines()) if row["kind"] == "speed"}
+    assert set(by) == {"plain", "chunked", "chunked, half masked", "matmuls"}
+    assert by["chunked, half masked"]["weighted_tokens"] == 32 and by["chunked"]["rounds"] == 2
+    assert by["plain"]["ratio_to_plain"] == 1 and by["matmuls"]["floor_share"] == pytest.approx(1)
+    again = run()
+    assert path.read_text() == kept and json.loads(again.stdout.splitlines()[-1])["rows"] == 6
+    assert "**Accuracy**" in run("--table").stdout
