@@ -77,12 +77,12 @@ def _mixture(p_log_NV: Array, q_log_NV: Array, share: float, p_weight: float, q_
 
 
 def _mixture_jvp(share, p_weight, q_weight, primals, tangents):
-    """Return the derivative with respect to the logs: with k = p_weight·(1 − share) − q_weight·share,
+    """Return both forms and their change, by these slopes with k = p_weight·(1 − share) − q_weight·share.
 
-    p·(p_weight·log(p/m) + share·k·(q − p)/m) and q·(q_weight·log(q/m) + (1 − share)·k·(q − p)/m) of the second form,
-    and of the first, which is the second − k·(q − p), p·k more and q·k less.
+    Of the second form p·(p_weight·log(p/m) + share·k·(q − p)/m) by log p and q·(q_weight·log(q/m) + (1 − share)·k·
+    (q − p)/m) by log q; of the first, which is the second − k·(q − p), p·k more and q·k less.
     """
-    forms, (p_gap_NV, q_gap_NV, change_NV, p_NV, q_NV) = _mixture(*primals, share, p_weight, q_weight)
+    forms, (p_gap_NV, q_gap_NV, change_NV, p_NV, q_NV) = _mixture(primals[0], primals[1], share, p_weight, q_weight)
     k, slopes = p_weight * (1 - share) - q_weight * share, [jnp.zeros_like(p_NV), jnp.zeros_like(p_NV)]
     sides = ((p_NV, p_weight * p_gap_NV, share, k), (q_NV, q_weight * q_gap_NV, 1 - share, -k))
     for (mass_NV, gap_NV, own_share, more), tangent_NV in zip(sides, tangents, strict=True):

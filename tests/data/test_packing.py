@@ -97,7 +97,7 @@ def test_rows_targets_and_weights_exactly():
 
 
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
-def test_a_perfect_next_token_oracle_has_no_cross_entropy(packing):
+def test_trap_3_a_perfect_next_token_oracle_has_no_cross_entropy(packing):
     documents = [i for i in range(14) if packing == "concat" or LENGTHS[i] <= T]
     batch = to_batch(rows_of(documents, packing))
     # The oracle knows the documents, not the batch: within one, tokens count up by one.

@@ -162,8 +162,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
-def test_heads_of_every_kind_chunked_as_whole(name):
-    """Traps 12 and 19: a padded, biased, capped head gives what plain autodiff on its real columns gives."""
+def test_traps_12_and_19_heads_of_every_kind_chunked_as_whole(name):
+    """A padded, biased, capped head gives what plain autodiff on its real columns gives."""
     head = HEADS[name]
     v = head.get("vocab_size", V)
     hidden, w, teacher, w_teacher, targets, ce, kd = _problem(2)
@@ -188,8 +188,8 @@ def test_heads_of_every_kind_chunked_as_whole(name):
         np.testing.assert_allclose(got, want, atol=2e-7)
 
 
-def test_heads_padded_to_different_widths():
-    """Trap 12: equal real vocabularies, padded to 64 by the student and to 80 by the teacher."""
+def test_trap_12_heads_padded_to_different_widths():
+    """Equal real vocabularies, padded to 64 by the student and to 80 by the teacher."""
     hidden, w, teacher, _, targets, ce, kd = _problem(4)
     _, _, _, wide, _, _, _ = _problem(4, v=80)
     objective, targets = ObjectiveConfig(0.3), targets % 60
@@ -383,7 +383,7 @@ def _loops(module):
         if name in seen or name not in bodies:
             return ""
         seen.add(name)
-        return bodies[name] + "".join(whole(n, seen) for n in re.findall(r"=%?([\w.\-]+)", bodies[name]))
+        return bodies[name] + "".join(whole(n, seen) for n in re.findall(r"%([\w.\-]+)", bodies[name]))
 
     found = re.findall(r"while\(.*?body=%?([\w.\-]+).*?\"known_trip_count\":\{\"n\":\"(\d+)\"", module)
     return [(int(trips), whole(body, set())) for body, trips in found]
@@ -398,6 +398,16 @@ def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens():
     assert not any(re.search(collective, body) for _, body in loops)
     assert re.search(r"all-reduce", module), "dW is summed once, after the loop"
     assert not re.search(r"all-gather", module) and not re.search(r"\[512,(16|24)\]", module)
+
+
+def test_a_vocabulary_on_eight_devices_sends_figures_of_tokens_alone():
+    """Nothing is gathered; inside the loop each all-reduce is of one number a token, after it dh is summed once."""
+    module = _module({"data": 1, "tensor": 8}, 16, n=64)
+    collective = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    inside = [found for _, body in _loops(module) for found in re.findall(collective, body)]
+    assert inside and {kind for _, kind in inside} == {"all-reduce"}
+    assert all(set(re.findall(r"\w+\[([\d,]*)\]", shapes)) <= {"16", ""} for shapes, _ in inside)
+    assert {kind for _, kind in re.findall(collective, module)} == {"all-reduce"}
 
 
 def test_no_logits_of_all_tokens_exist():

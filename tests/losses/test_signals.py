@@ -134,6 +134,24 @@ def test_trap_23_sampled_logits_are_unbiased_in_value_and_gradient(mesh):
         assert np.all(np.abs(error) < 4 * deviation / np.sqrt(6 * times))
 
 
+def test_trap_22_the_gradient_of_reverse_kl_is_that_of_its_score_function():
+    """E_q[(log q − log p)·∇ log q], all of q summed out, is the gradient; differentiating draws of q is refused.
+
+    Differentiating log q(x) − log p(x) at draws x of q gives 0 in the mean, whatever the models are.
+    """
+    student, teacher = _logits(0), _logits(1)
+    p, q = _logs(teacher), _logs(student)
+    scores_NVV = np.eye(V)[None] - np.exp(q)[:, None, :]  # of each outcome, with respect to the logits
+    surrogate = np.einsum("nv,nvw->nw", np.exp(q) * (q - p), scores_NVV)
+    objective = ObjectiveConfig(0.0, divergence="reverse_kl", chunk_tokens=5)
+    gradient = jax.grad(lambda s: _loss(s, Signal(teacher, EYE), objective)[0])(student)
+    np.testing.assert_allclose(gradient * N, surrogate, atol=2e-6)
+    direct = np.einsum("nv,nvw->nw", np.exp(q), scores_NVV)
+    assert np.abs(direct).max() < 1e-12 < 1e-2 < np.abs(surrogate).max()
+    with pytest.raises(UserError, match="reverse_kl of sampled logits would be biased"):
+        _loss(student, sample(jax.random.split(jax.random.key(0), N), q.astype(np.float32), 5), objective)
+
+
 def test_a_top_k_alone_is_biased_where_draws_are_not():
     """Trap 23: the gradient of the buckets is not the whole one, however often it is drawn."""
     student, teacher = _logits(0), _logits(1, scale=0.5)
