@@ -18,7 +18,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import harness, loss_table
+from benchmarks import harness, loss_compiled, loss_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -132,15 +132,23 @@ def render(text: str, results: Path = RESULTS) -> str:
     return text
 
 
+LOSS_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "loss table": lambda results: loss_table.markdown(harness.read(results / "loss.jsonl")),
+    "loss compiled": lambda results: loss_compiled.markdown(harness.read(results / "loss_compiled.jsonl")),
+}
+"""The same for the page of losses."""
+
+
 def render_losses(text: str, results: Path = RESULTS) -> str:
-    """Return the page of losses with its table of speed made anew, if it has markers for one."""
-    begin, end = "<!-- loss table: begin -->", "<!-- loss table: end -->"
-    head, found, rest = text.partition(begin)
-    if not found:
-        return text
-    if end not in rest:
-        sys.exit(f"{LOSSES.name} has {begin}, but no {end} after it")
-    return f"{head}{begin}\n{loss_table.markdown(harness.read(results / 'loss.jsonl'))}\n{end}{rest.partition(end)[2]}"
+    """Return the page of losses with the blocks made anew that it has markers for."""
+    for name, make in LOSS_BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, found, rest = text.partition(begin)
+        if found and end not in rest:
+            sys.exit(f"{LOSSES.name} has {begin}, but no {end} after it")
+        if found:
+            text = f"{head}{begin}\n{make(results)}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 PAGES: dict[Path, Callable[[str], str]] = {README: render, LOSSES: render_losses}

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import harness, loss, loss_table, peers, readme
+from benchmarks import harness, loss, loss_compiled, loss_table, peers, readme
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
@@ -220,6 +220,27 @@ def test_the_page_of_losses_is_filled_between_its_markers(tmp_path):
 def test_the_page_of_losses_shows_what_was_measured():
     text = readme.LOSSES.read_text() if readme.LOSSES.exists() else ""
     assert readme.render_losses(text) == text, "run python -m benchmarks.readme"
+
+
+def test_a_compiled_loss_is_shown_by_its_last_run():
+    here = {"jax": "0.10.2", "commit": "abc"}
+    row = {"target": "h200", "at": "2", "environment": here, "chunk_tokens": 512, "peak_bytes": 4.5e9}
+    row |= {"argument_bytes": 1.68e9, "output_bytes": 0.56e9}
+    rows = [row | {"at": "1", "peak_bytes": 9e9}, row, row | {"chunk_tokens": None, "peak_bytes": 2e10}]
+    shown = loss_compiled.markdown(rows)
+    assert "| 512 | 4.50 | 1.68 | 0.56 |" in shown and "| plain logits | 20.00 |" in shown and "9.00" not in shown
+    assert "Compiled for h200, never run there; jax 0.10.2, commit abc." in shown
+
+
+def test_compiling_for_a_gpu_without_its_compiler_is_one_line(monkeypatch, capsys):
+    def unknown(**what):
+        raise RuntimeError("no such platform: cuda\nmore")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", unknown)
+    assert loss_compiled.main([]) == 2
+    said = capsys.readouterr().err
+    assert said == 'cannot compile for h200: no such platform: cuda; pip install "jax[cuda13]"\n'
 
 
 def options(*arguments):

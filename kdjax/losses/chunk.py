@@ -49,20 +49,24 @@ def tempered(logits_NV: Array, term: Term, temperature: Array | float, over: Voc
 
 
 def _dense(term: Term, temperature, student_NV: Array, teacher: Dense, over: Vocabulary, is_target_NV: Array) -> Array:
-    row, parameters = term.chosen.row, dict(term.chosen.parameters)
     sides = [tempered(logits_NV, term, temperature, over) for logits_NV in (student_NV, *teacher.logits)]
-    if row.of == "logits":
+    if term.chosen.row.of == "logits":
         student_NV, *teachers = [over.without_padding(side_NV) for side_NV in sides]
         teacher_NV = _weighted(teachers, teacher.weights_NK)
     else:
         student_NV, *teachers = [log_softmax(side_NV, over) for side_NV in sides]
         teacher_NV = _mixed(teachers, teacher.weights_NK)
     given = {"is_target_NV": is_target_NV, "max_V": over.max_V, "vocab_size": over.size}
-    given = {name: given[name] for name in row.needs}
+    return _diverge(term, student_NV, teacher_NV, over, {name: given[name] for name in term.chosen.row.needs})
+
+
+def _diverge(term: Term, student_NV: Array, teacher_NV: Array, over: Vocabulary, given: dict[str, Any]) -> Array:
+    """Return the term's divergence between what its row compares, each entry capped if it asks for that."""
+    row, arguments = term.chosen.row, given | dict(term.chosen.parameters)
     if term.clip_entry and row.pointwise is not None:
-        terms_NV = row.pointwise(student_NV, teacher_NV, **given, **parameters)
+        terms_NV = row.pointwise(student_NV, teacher_NV, **arguments)
         return over.sum_V(jnp.minimum(over.without_padding(terms_NV), term.clip_entry))
-    return row.function(student_NV, teacher_NV, over.sum_V, **given, **parameters)
+    return row.function(student_NV, teacher_NV, over.sum_V, **arguments)
 
 
 def _weighted(logits: list[Array], weights_NK: Array | None) -> Array:
@@ -94,11 +98,7 @@ def _top_k(term: Term, temperature, student_NV: Array, teacher: TopK, over: Voca
     student_NB = jnp.concatenate([over.pick(log_NV, teacher.ids_NP), tail_N[:, None]], axis=1)
     log_tail_N = jnp.maximum(teacher.log_tail_N, SMALLEST_LOG)
     teacher_NB = jnp.concatenate([teacher.log_probs_NP, log_tail_N[:, None]], axis=1)
-    buckets = Vocabulary(student_NB.shape[1], student_NB.shape[1])
-    row, parameters = term.chosen.row, dict(term.chosen.parameters)
-    if term.clip_entry and row.pointwise is not None:
-        return buckets.sum_V(jnp.minimum(row.pointwise(student_NB, teacher_NB, **parameters), term.clip_entry))
-    return row.function(student_NB, teacher_NB, buckets.sum_V, **parameters)
+    return _diverge(term, student_NB, teacher_NB, Vocabulary(student_NB.shape[1], student_NB.shape[1]), {})
 
 
 def _sampled(term: Term, temperature, student_NV: Array, teacher: Sampled, over: Vocabulary, is_target_NV: Array):

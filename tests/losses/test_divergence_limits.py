@@ -122,6 +122,15 @@ def test_textbook_terms_sum_to_the_loss(name):
     np.testing.assert_allclose(terms_NV.sum(-1), loss_of(name)(student, teacher), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(name for name, row in DIVERGENCES.items() if row.pointwise))
+def test_textbook_terms_have_the_gradient_of_the_loss_together(name):
+    student, teacher = _two(5, 2.0)
+    terms, whole = (
+        jax.grad(lambda x, f=f: f(x, teacher).sum())(student) for f in (loss_of(name, pointwise=True), loss_of(name))
+    )
+    np.testing.assert_allclose(terms, whole, atol=2e-6)
+
+
 def test_textbook_terms_are_the_textbooks():
     student, teacher = _two(6)
     s, t = log_softmax(student), log_softmax(teacher)
