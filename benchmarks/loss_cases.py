@@ -22,6 +22,7 @@ from benchmarks.harness import Meter, Variant, available_bytes, resident_growth
 from kdjax.losses import DIVERGENCES, ObjectiveConfig, fused_kd_loss, head_logits
 from kdjax.losses.chunk import COMPARED, Dense
 from kdjax.losses.logits import vocabulary
+from kdjax.losses.schedules import value_at
 from kdjax.shapes import Array, Head, Signal
 
 DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
@@ -160,7 +161,8 @@ def plain(objective: ObjectiveConfig, x: Inputs) -> tuple[Array, dict[str, Array
         dense, is_target_NV = Dense((teacher_NV,), None), over.is_one(x.targets_N)
         loss_N = COMPARED[Dense](term, 1.0, student_NV, dense, over, is_target_NV)
     kd = jnp.sum(x.weight_N * loss_N)
-    return objective.alpha * ce + (1 - objective.alpha) * kd, {"ce": ce, "kd": kd}
+    alpha = value_at(objective.alpha, 0.0)
+    return alpha * ce + (1 - alpha) * kd, {"ce": ce, "kd": kd}
 
 
 def _heads(x: Inputs) -> tuple[Head, Signal]:

@@ -37,6 +37,10 @@ INNER = replace(
     ),
 )
 """All losses of inner layers that add up, so weighted that the gradients of small random models are of one size."""
+OBJECTIVES = [
+    pytest.param(OBJECTIVE, id="logits"),
+    pytest.param(INNER, id="inner layers", marks=pytest.mark.slow),
+]
 PROJECTIONS = ("hidden_mse_0_0", "hidden_mse_1_2", "hidden_cosine_1_2")
 
 PLACES = {
@@ -53,9 +57,9 @@ PLACES = {
 EVERY_TIME = {"data 2, fsdp 2, tensor 2", "data 8, 2 microbatches", "pmap, 2 microbatches"}
 
 
-def _placements(names):
+def _placements(names, every_time=EVERY_TIME):
     """Return the names as cases; those that only repeat what others show are slow, since each compiles anew."""
-    return [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in every_time else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def _uneven_batch(seed=0):
@@ -151,7 +155,7 @@ def alone_with_inner_layers():
     return _run({"data": 1}, 1, batches, devices=jax.devices()[:1], objective=INNER)
 
 
-@pytest.mark.parametrize("name", _placements(PLACES))
+@pytest.mark.parametrize("name", _placements(PLACES, ("data 2, fsdp 2, tensor 2",)))
 def test_trap_4_losses_of_inner_layers_add_up_likewise(name, alone_with_inner_layers):
     logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], objective=INNER)
     _close((logged, params), alone_with_inner_layers)
@@ -189,7 +193,7 @@ def _row_losses(recipe, batch, number):
     return np.asarray([loss_of(i) for i in range(B)])
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_trap_14_packed_rows_give_the_gradient_of_their_examples(objective):
     """Two examples in one row, apart by segment, against one a row: teacher, student, loss and gradients."""
     rng = np.random.default_rng(3)
@@ -217,7 +221,7 @@ def test_trap_14_packed_rows_give_the_gradient_of_their_examples(objective):
     _close(results[0], results[1])
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_trap_2_padding_tokens_change_nothing(objective):
     batch = _uneven_batch()
     noise = np.random.default_rng(9).integers(0, V, (B, T)).astype(np.int32)
@@ -276,7 +280,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts():
     assert (metrics["skipped_in_a_row"], metrics["skipped"], state.step) == (0, 2, 4)
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVE, INNER], ids=["logits", "inner layers"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_trap_26_the_whole_step_holds_no_logits_and_gathers_no_hidden_states(objective):
     """The 8-device module of a step: [tokens, V] exists for a chunk alone, and only parameters are gathered."""
     place = placement(MeshConfig(data=2, fsdp=4))

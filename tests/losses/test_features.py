@@ -309,6 +309,7 @@ def test_a_config_with_features_is_saved_read_and_changed_by_flags(config):
         configs.override(config, ["--objective.features.0.wieght", "2"], "")
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_saves_projections_and_exports_none(config, home):  # noqa: F811
     train(config, home / "run")
     last, look = rows(home / "run")[-2:]
