@@ -312,4 +312,4 @@ def test_a_quick_run_records_shows_and_resumes(tmp_path):
     assert by["plain"]["ratio_to_plain"] == 1 and by["matmuls"]["floor_share"] == pytest.approx(1)
     again = run()
     assert path.read_text() == kept and json.loads(again.stdout.splitlines()[-1])["rows"] == 6
-    assert "**Accuracy**" in run("--table").stdout
+    assert "<summary>Accuracy of every divergence" in run("--table").stdout
