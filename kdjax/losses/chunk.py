@@ -22,12 +22,18 @@ SMALLEST_LOG = -87.0
 """The log of the smallest mass that float32 holds: a teacher's tail that was rounded to 0 is taken for this."""
 
 
+class Hidden(NamedTuple):
+    """Hidden states of each teacher, and how much each counts; None for a single one."""
+
+    states: tuple[Array, ...]
+    weights_NK: Array | None
+
+
 class Tokens(NamedTuple):
     """What belongs to a token: every leaf has a leading N."""
 
     student_ND: Array
-    teacher: Any
-    """Hidden states of each teacher and the teachers' weights_NK, or a sparse signal; None without a teacher."""
+    teacher: Hidden | TopK | Sampled | None
     targets_N: Array
     ce_weight_N: Array
     kd_weight_N: Array
@@ -36,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Teachers of which all logits are known."""
+    """The same teachers, with all their logits."""
 
     logits: tuple[Array, ...]
     weights_NK: Array | None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from kdjax.losses.logits import NOWHERE
 from kdjax.losses.terms import SumV, kl_terms
 from kdjax.shapes import Array
 
-NOWHERE = -1e30
-"""The log-probability of what is left out: finite, so that two of them differ by 0."""
 HALVINGS = 26
 
 

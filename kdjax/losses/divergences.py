@@ -134,37 +134,29 @@ def _between(at_ends: str) -> Range:
     return Range(0.0, 1.0, True, at_ends)
 
 
+def _mixture(function: Callable[..., Array], terms: Callable[..., tuple[Array, Array]], **share: str) -> Divergence:
+    """Return the row of what compares with a mixture; `share` is its parameter, and what stands for its ends."""
+    parameters = {name: _between(at_ends) for name, at_ends in share.items()}
+    return Divergence(function, squared, parameters=parameters, pointwise=textbook(terms), buckets=True)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(sums.forward_kl, squared, pointwise=sums.forward_kl_terms, buckets=True),
     "reverse_kl": Divergence(sums.reverse_kl, squared, pointwise=sums.reverse_kl_terms, buckets=True),
     "symmetric_kl": Divergence(sums.symmetric_kl, squared, pointwise=sums.symmetric_kl_terms, buckets=True),
-    "jsd": Divergence(
-        sums.jsd,
-        squared,
-        parameters={"beta": _between("jsd is 0 at both ends: use forward_kl in place of 0, reverse_kl in place of 1")},
-        pointwise=textbook(sums.jsd_terms),
-        buckets=True,
+    "jsd": _mixture(
+        sums.jsd, sums.jsd_terms, beta="jsd is 0 at both ends: use forward_kl in place of 0, reverse_kl in place of 1"
     ),
-    "interpolated_jsd": Divergence(
+    "interpolated_jsd": _mixture(
         sums.interpolated_jsd,
-        squared,
-        parameters={"beta": _between("use forward_kl in place of 0, reverse_kl in place of 1")},
-        pointwise=textbook(sums.interpolated_jsd_terms),
-        buckets=True,
+        sums.interpolated_jsd_terms,
+        beta="use forward_kl in place of 0, reverse_kl in place of 1",
     ),
-    "skewed_forward_kl": Divergence(
-        sums.skewed_forward_kl,
-        squared,
-        parameters={"skew": _between("use forward_kl in place of 0; at 1 it is always 0")},
-        pointwise=textbook(sums.skewed_forward_kl_terms),
-        buckets=True,
+    "skewed_forward_kl": _mixture(
+        sums.skewed_forward_kl, sums.skewed_forward_kl_terms, skew="use forward_kl in place of 0; at 1 it is always 0"
     ),
-    "skewed_reverse_kl": Divergence(
-        sums.skewed_reverse_kl,
-        squared,
-        parameters={"skew": _between("use reverse_kl in place of 0; at 1 it is always 0")},
-        pointwise=textbook(sums.skewed_reverse_kl_terms),
-        buckets=True,
+    "skewed_reverse_kl": _mixture(
+        sums.skewed_reverse_kl, sums.skewed_reverse_kl_terms, skew="use reverse_kl in place of 0; at 1 it is always 0"
     ),
     "total_variation": Divergence(sums.total_variation, linear, pointwise=sums.total_variation_terms, buckets=True),
     "alpha_beta": Divergence(

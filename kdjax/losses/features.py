@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError, did_you_mean
+from kdjax.losses.logits import NOWHERE
 from kdjax.losses.terms import kl_terms
 from kdjax.shapes import Array, check_shapes
-
-UNSEEN = -1e30
-"""The logit of what is not compared: finite, so that differences of two of them are 0, not NaN."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def contrastive(student_ND: Array, teacher_ND: Array, segment_N: Array, feature:
     """
     (student_ND, _), (teacher_ND, _) = _directed(student_ND), _directed(teacher_ND)
     cosine_NN = jnp.einsum("nd,md->nm", student_ND, teacher_ND, preferred_element_type=jnp.float32)
-    logits_NN = jnp.where(segment_N[None, :] > 0, cosine_NN / feature.temperature, UNSEEN)
+    logits_NN = jnp.where(segment_N[None, :] > 0, cosine_NN / feature.temperature, NOWHERE)
     return jax.nn.logsumexp(logits_NN, axis=-1) - jnp.diagonal(logits_NN)
 
 
@@ -132,7 +130,7 @@ def relation(student_BTD: Array, teacher_BTD: Array, segment_BT: Array, feature:
 
     def log_relation_BTS(x_BTK: Array) -> Array:
         dot_BTS = jnp.einsum("btk,bsk->bts", x_BTK, x_BTK, preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(jnp.where(visible_BTS, dot_BTS / math.sqrt(x_BTK.shape[-1]), UNSEEN), axis=-1)
+        return jax.nn.log_softmax(jnp.where(visible_BTS, dot_BTS / math.sqrt(x_BTK.shape[-1]), NOWHERE), axis=-1)
 
     def add(loss_BT: Array, heads: tuple[Array, Array]) -> tuple[Array, None]:
         student_BTS, teacher_BTS = map(log_relation_BTS, heads)

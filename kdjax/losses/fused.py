@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses.chunk import Dense, Tokens, check_terms, chunk_loss
+from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss
 from kdjax.losses.logits import finish, head_logits, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
 from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
@@ -67,10 +67,10 @@ def chunk_size(objective: ObjectiveConfig, n: int, columns: int, backend: str | 
 
 def _teacher_of(axes: Axes, heads: Heads, teacher: Any) -> Any:
     """Return what `chunk_loss` compares with: all teachers' logits, or the sparse signal as it is."""
-    if not isinstance(teacher, Dense):
+    if not isinstance(teacher, Hidden):
         return teacher
-    logits = zip(teacher.logits, heads.teachers, strict=True)
-    return Dense(tuple(head_logits(hidden_ND, head, axes) for hidden_ND, head in logits), teacher.weights_NK)
+    pairs = zip(teacher.states, heads.teachers, strict=True)
+    return Dense(tuple(head_logits(hidden_ND, head, axes) for hidden_ND, head in pairs), teacher.weights_NK)
 
 
 def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients: bool, tokens: Tokens, progress: Array):
@@ -195,7 +195,8 @@ def fused_kd_loss(
 
     Differentiable in `student_hidden_ND` and the student head's matrix and bias; the signal, targets and weights get
     no gradient, and nor do the parts. Arithmetic on logits is float32 whatever the inputs are. Peak temporary memory
-    is O(chunk_tokens·V). Tokens of weight 0 cost nothing and may hold anything, NaN too.
+    is O(chunk_tokens·V). Tokens of weight 0 cost nothing and may hold anything, NaN too
+    (but for the implementation `reference`, which looks at them).
 
     Args:
         student_hidden_ND: hidden states at the compared rows, in the compute dtype.
@@ -255,7 +256,7 @@ def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, 
     if isinstance(signal, Mixture):
         weights_NK = jnp.broadcast_to(signal.weights_K, (hidden_ND.shape[0], len(signals)))
     heads = tuple(_first_columns(one.head, columns) for one in signals)
-    return _first_columns(head, columns), Dense(tuple(one.hidden_ND for one in signals), weights_NK), heads
+    return _first_columns(head, columns), Hidden(tuple(one.hidden_ND for one in signals), weights_NK), heads
 
 
 def _first_columns(head: Head, columns: int) -> Head:
@@ -268,8 +269,8 @@ def _first_columns(head: Head, columns: int) -> Head:
 def _looked_at(student_hidden_ND: Array, teacher: Any) -> dict[str, Array]:
     """Return the arrays that should be finite, by name."""
     named = {"student_hidden": student_hidden_ND}
-    if isinstance(teacher, Dense):
-        return named | {f"teacher_{number}_hidden": x for number, x in enumerate(teacher.logits)}
+    if isinstance(teacher, Hidden):
+        return named | {f"teacher_{number}_hidden": x for number, x in enumerate(teacher.states)}
     return named if teacher is None else named | {"teacher_log_probs": teacher.log_probs_NP}
 
 

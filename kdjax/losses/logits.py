@@ -14,7 +14,7 @@ from jax import lax
 from kdjax.shapes import Array, Axes, Head
 
 NOWHERE = -1e30
-"""The logit of a vocabulary entry that does not exist: finite, so that differences of two of them are 0, not NaN."""
+"""The logit of an entry that does not exist or is left out: finite, so that two of them differ by 0, not NaN."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class ObjectiveConfig:
             raise UserError(f"objective.z_loss is {self.z_loss}; wanted at least 0")
         if self.chunk_mib < 0:
             raise UserError(f"objective.chunk_mib is {self.chunk_mib}; wanted MiB, or 0 for the device's default")
-        single = Term(self.divergence, self.temperature, scaled=self.scaled, standardise=self.standardise)
+        single = self._single  # built here, so that what is wrong with it is said now
         if self.terms and single != Term():
             raise UserError(
                 "objective has terms, and divergence, temperature, scaled or standardise beside them; "
@@ -106,10 +106,13 @@ class ObjectiveConfig:
             )
 
     @property
+    def _single(self) -> Term:
+        return Term(self.divergence, self.temperature, scaled=self.scaled, standardise=self.standardise)
+
+    @property
     def all_terms(self) -> tuple[Term, ...]:
         """The terms of the sum over i."""
-        single = Term(self.divergence, self.temperature, scaled=self.scaled, standardise=self.standardise)
-        return self.terms or (single,)
+        return self.terms or (self._single,)
 
     @property
     def needs_teacher(self) -> bool:
