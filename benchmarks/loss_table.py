@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,21 @@ ACCURACY: Columns = {
     "of dW": _figure("dw_error", 100, " %"),
     "smallest": _figure("smallest"),
 }
-KINDS = {"speed": SPEED, "accuracy": ACCURACY}
+OVERVIEW: Columns = {
+    "divergence": lambda row: f"`{row['divergence']}`",
+    "dtype": lambda row: row["dtype"],
+    "seconds (range)": _seconds,
+    "rounds": lambda row: str(row["rounds"]),
+    "time to plain": _figure("ratio_to_plain"),
+    "half masked": _figure("half_to_plain"),
+    "share of floor": _figure("floor_share", 100, " %"),
+    "temporary MB": _megabytes("temp_less_dw_bytes"),
+    "of plain": _megabytes("plain_bytes"),
+}
+"""Of the chunked loss alone, a row for each case."""
+KINDS = {"speed": SPEED, "accuracy": ACCURACY, "overview": OVERVIEW}
+MANY = 3
+"""Cases of one size and dtype beyond which they share a table."""
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -74,10 +88,10 @@ IDENTITY = ("kind", "tokens", "vocab", "student", "teacher", "dtype", "divergenc
 
 
 def newest(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the rows of each problem on each device, those of its last run alone, in the order first seen."""
+    """Return the rows of each problem on each kind of device, those of its last run alone, in the order first seen."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        group = groups.setdefault((device_of(row), *(row.get(name) for name in IDENTITY)), [])
+        group = groups.setdefault((row["environment"]["platform"], *(row.get(name) for name in IDENTITY)), [])
         if group and group[0]["at"] != row["at"]:
             group.clear()
         group.append(row)
@@ -100,8 +114,13 @@ def markdown(rows: Sequence[Row]) -> str:
     for device in dict.fromkeys(device_of(case[0]) for case in cases):
         mine = [case for case in cases if device_of(case[0]) == device]
         lines += [f"Measured on {device}; {_versions(mine)}.", ""]
-        for case in (case for case in mine if case[0]["kind"] == "speed"):
-            lines += [f"**{_title(case)}**", "", *table(case), ""]
+        speed, many = _split(case for case in mine if case[0]["kind"] == "speed")
+        for case in speed:
+            lines += [f"**{_title(case[0])}**", "", *table(case), ""]
+        for cases_of_size in many:
+            title = f"Chunked loss, every divergence, {_size(cases_of_size[0][0])}"
+            shown = table([_overview(case) for case in cases_of_size])
+            lines += ["<details>", f"<summary>{title}</summary>", "", *shown, "", "</details>", ""]
         exact = [row for case in mine if case[0]["kind"] == "accuracy" for row in case]
         if exact:
             lines += ["<details>", "<summary>Accuracy of every divergence, cross entropy left out</summary>", ""]
@@ -113,18 +132,42 @@ LEGEND = (
     "Median (range) of value and gradients over interleaved rounds; ratios are medians of those of each round. "
     "Temporary memory is the compiler's own figure, without and with the float32 sum of dW; measured is how much the "
     "process grew at most in a run, its results included, for all alike. The floor is what the bare matmuls would "
-    "take: 2·N·V·(D_s + D_t) + 4·N·V·D_s operations at the rate of the row *matmuls*, which does them for 1,024 "
-    "tokens. TRL's loss and Liger's in Triton have no cross entropy and are timed without. Errors are relative (root "
-    "mean square) to float32 whole logits on the same inputs; the smallest is that of single tokens, of random and of "
-    "nearly equal models."
+    "take: 2·N·V·(D_s + D_t) + 4·N·V·D_s operations at the rate of the row *matmuls*, which does them 1,024 tokens "
+    "at a time. TRL's loss and Liger's in Triton have no cross entropy and are timed without. Errors are relative "
+    "(root mean square) to float32 whole logits on the same inputs; the smallest is that of single tokens, of random "
+    "and of nearly equal models."
 )
 
 
-def _title(case: Sequence[Row]) -> str:
-    row = case[0]
-    size = f"{row['tokens']:,} tokens, V {row['vocab']:,}, D {row['student']:,}/{row['teacher']:,}"
+def _split(cases: Iterable[list[Row]]) -> tuple[list[list[Row]], list[list[list[Row]]]]:
+    """Return cases that have a table of their own, and those of each size that has too many for that."""
+    by_size: dict[str, list[list[Row]]] = {}
+    for case in cases:
+        by_size.setdefault(_size(case[0]), []).append(case)
+    few, many = [], []
+    for found in by_size.values():
+        if len(found) > MANY * len({case[0]["dtype"] for case in found}):
+            many.append(found)
+        else:
+            few += found
+    return few, many
+
+
+def _overview(case: Sequence[Row]) -> Row:
+    """Return one row of what a case says of the chunked loss."""
+    by = {row["variant"]: row for row in case}
+    plain, half = by.get("plain", {}), by.get("chunked, half masked", {})
+    more = {"plain_bytes": plain.get("temp_less_dw_bytes"), "half_to_plain": half.get("ratio_to_plain")}
+    return by["chunked"] | more | {"kind": "overview"}
+
+
+def _size(row: Row) -> str:
+    return f"{row['tokens']:,} tokens, V {row['vocab']:,}, D {row['student']:,}/{row['teacher']:,}"
+
+
+def _title(row: Row) -> str:
     rate = row.get("matmul_flops")
-    return f"`{row['divergence']}`, {size}, {row['dtype']}" + (f", {rate / 1e9:,.0f} GFLOP/s" if rate else "")
+    return f"`{row['divergence']}`, {_size(row)}, {row['dtype']}" + (f", {rate / 1e9:,.0f} GFLOP/s" if rate else "")
 
 
 def _versions(cases: Sequence[Sequence[Row]]) -> str:
@@ -155,7 +198,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         base = next(row["measured_bytes"] for row in case if row["variant"] == "plain")
         left.barh(names, [row["ratio_to_plain"] or 0 for row in shown])
         right.barh(names, [row["measured_bytes"] / base if base and row["measured_bytes"] else 0 for row in shown])
-        left.set_title(_title(case).replace("`", ""), fontsize=8, loc="left")
+        left.set_title(_title(case[0]).replace("`", ""), fontsize=8, loc="left")
         right.set_yticks([])
         for axis in (left, right):
             axis.invert_yaxis()

@@ -1,5 +1,6 @@
 """The loss's benchmark measures what it says: its arithmetic, its bookkeeping, its table, and its peers' numbers."""
 
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from benchmarks import harness, loss, loss_compiled, loss_table, peers, readme
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
+    DTYPES,
     Case,
     Size,
     beta_of,
@@ -199,6 +201,14 @@ def test_the_table_shows_the_last_run_of_each_case():
     assert "Not measured yet" in loss_table.markdown([])
 
 
+def test_many_divergences_of_one_size_share_a_table():
+    each = [rows(divergence=name, temp_less_dw_bytes=3e6) for name in ("forward_kl", "reverse_kl", "mse", "cosine")]
+    text = loss_table.markdown(list(itertools.chain(*each)))
+    lines = [re.sub(r" +", " ", line) for line in text.splitlines()]
+    assert "| `mse` | f32 | 1 (1 to 3) | 7 | 0.5 | – | 50 % | 3 | 3 |" in lines and text.count("| divergence") == 1
+    assert loss_table.markdown(list(itertools.chain(*each[:3]))).count("| variant") == 3
+
+
 @pytest.mark.parametrize(
     "value, shown", [(None, "–"), (0.44444, "0.444"), (12345.6, "12,346"), (0, "0"), (1e-9, "1.0e-09")]
 )
@@ -250,7 +260,10 @@ def options(*arguments):
 def test_the_default_plan_has_what_is_promised():
     plan = loss.chosen_plan(options())
     large = [case for case in plan if case.size == loss.LARGE]
-    assert {case.dtype for case in large} == {"f32", "bf16"} and all(case.least >= 7 for case in large)
+    assert {(case.divergence, case.dtype) for case in large} == {
+        (n, d) for n in ("forward_kl", loss.JSD) for d in DTYPES
+    }
+    assert all(case.least >= 7 for case in large if case.divergence == "forward_kl")
     assert {case.divergence for case in plan if case.size == loss.SMALL} == {n for n in loss.every() if loss.known(n)}
     assert {case.size for case in loss.chosen_plan(options("--full"))} >= set(loss.SIZES)
 

@@ -13,6 +13,7 @@ import pytest
 from kdjax import build
 from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
+from kdjax.models.config import Rope
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
@@ -31,7 +32,7 @@ SMOLLM2 = ModelConfig(
     mlp_width=1536,
     max_positions=8192,
     norm_eps=1e-5,
-    rope_theta=1e5,
+    rope=Rope(1e5),
 )
 
 

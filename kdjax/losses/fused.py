@@ -1,7 +1,8 @@
 """Cross entropy and divergence to the teacher from hidden states and heads; logits exist for one chunk at a time.
 
-The gradient is computed in the forward pass, chunk by chunk, by `jax.vjp` on the chunk's [C, V] logits: the residuals
-are the gradients themselves, and evaluation pays nothing for them. Tokens of weight 0 are never looked at.
+The gradient is computed in the forward pass: the matmuls of a chunk as a whole, and between them `jax.vjp` on the
+logits of one block of its rows after the other, so that what the loss needs of them stays small. The residuals are the
+gradients themselves, and evaluation pays nothing for them. Tokens of weight 0 are never looked at.
 """
 
 from __future__ import annotations
@@ -17,16 +18,10 @@ from jax import lax
 
 from kdjax.errors import UserError
 from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss
-from kdjax.losses.logits import finish, head_logits, matmul, vocabulary
+from kdjax.losses.logits import finish, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
+from kdjax.losses.sizes import block_size, chunk_size, product_columns
 from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
-
-MIB = {"cpu": 1024, "other": 4096}
-"""Memory that one chunk's logits may take unless objective.chunk_mib says otherwise."""
-
-COPIES = 8
-"""Arrays of a chunk's logits that exist at one time, at most: 5 of the forward KL, 8 of the JSD, as XLA counts them on
-a CPU."""
 
 
 class Heads(NamedTuple):
@@ -36,6 +31,8 @@ class Heads(NamedTuple):
     teachers: tuple[Head, ...]
 
 
+Gradients = tuple[Array, tuple[Array, Array | None]]
+"""(dh_ND, (dw_DV, dbias_V))."""
 Local = Callable[[Axes, Tokens, Heads, Array], Any]
 Shard = Callable[[Local, Tokens, Heads, Array], Any]
 """Runs `local` on each device's own tokens; `kdjax.sharding` has the one for a mesh."""
@@ -46,52 +43,74 @@ def one_device(local: Local, tokens: Tokens, heads: Heads, progress: Array) -> A
     return local(Axes(), tokens, heads, progress)
 
 
-def chunk_size(objective: ObjectiveConfig, n: int, columns: int, backend: str | None = None) -> int:
-    """Return how many of n tokens make a chunk: as set, or a multiple of 64 whose logits fit the memory budget.
+def _products(tokens: Tokens, heads: Heads) -> tuple[Array, tuple[Array, ...]]:
+    """Return the bare products of hidden states and matrices: the student's, and those of teachers that have such."""
+    states = tokens.teacher.states if isinstance(tokens.teacher, Hidden) else ()
+    pairs = zip(states, heads.teachers, strict=True)
+    return matmul(tokens.student_ND, heads.student), tuple(matmul(hidden_ND, head) for hidden_ND, head in pairs)
 
-    Where it can, auto makes at least 8 chunks, none below 256 tokens, so that skipping those without weight pays.
 
-    Args:
-        objective: with `chunk_tokens` and `chunk_mib`.
-        n: tokens of a device.
-        columns: of the vocabulary that the device holds.
-        backend: as jax names it; by default the one in use.
+def _loss(objective: ObjectiveConfig, axes: Axes, heads: Heads, progress: Array, tokens: Tokens, teachers, raw_NV):
+    """Return the loss and parts of the student's bare product `raw_NV` and the teachers'."""
+    teacher, head = tokens.teacher, heads.student
+    if isinstance(teacher, Hidden):
+        logits = (finish(raw_NV, head, axes) for raw_NV, head in zip(teachers, heads.teachers, strict=True))
+        teacher = Dense(tuple(logits), teacher.weights_NK)
+    return chunk_loss(objective, vocabulary(head, axes), tokens, progress, finish(raw_NV, head, axes), teacher)
+
+
+def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients: bool, progress: Array, tokens: Tokens):
+    """Return the loss and parts of one chunk, and the loss's gradient in the student's bare product, or None.
+
+    The matmuls take the chunk as a whole; the logits are gone through block by block.
     """
-    if objective.chunk_tokens != "auto":
-        return max(1, min(objective.chunk_tokens, n))
-    mib = objective.chunk_mib or MIB.get(backend or jax.default_backend(), MIB["other"])
-    fits = mib * 2**20 // (4 * columns * COPIES)
-    tokens = min(fits, max(256, n // 8))
-    return max(1, min(max(64, tokens // 64 * 64), n))
+    raw_CV, teachers = _products(tokens, heads)
+    rows = block_size(*raw_CV.shape)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (tokens, teachers, raw_CV))
+
+    def block(given):
+        *given, raw_RV = given
+        loss = partial(_loss, objective, axes, heads, progress, *given)
+        if not with_gradients:
+            return loss(raw_RV), None
+        loss, pullback, parts = jax.vjp(loss, raw_RV, has_aux=True)
+        # Every device of the tensor axis holds a copy of the loss, and psum's pullback adds up what all copies send.
+        (d_raw_RV,) = pullback(jnp.float32(1 / vocabulary(heads.student, axes).parts))
+        return (loss, parts), d_raw_RV
+
+    sums, d_raw = lax.map(block, blocks)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), d_raw.reshape(raw_CV.shape) if with_gradients else None
 
 
-def _teacher_of(axes: Axes, heads: Heads, teacher: Any) -> Any:
-    """Return what `chunk_loss` compares with: all teachers' logits, or the sparse signal as it is."""
-    if not isinstance(teacher, Hidden):
-        return teacher
-    pairs = zip(teacher.states, heads.teachers, strict=True)
-    return Dense(tuple(head_logits(hidden_ND, head, axes) for hidden_ND, head in pairs), teacher.weights_NK)
+def _add_gradients(gradients: Gradients, head: Head, rows_C: Array, hidden_CD: Array, d_raw_CV: Array) -> Gradients:
+    """Return the gradients with those of one chunk, whose tokens stand at `rows_C`.
+
+    Matmuls are in the hidden states' dtype and accumulate in float32: bf16 gradients then err by 0.2 to 0.3 %.
+    """
+    (dh_ND, (dw_DV, d_bias_V)), dtype = gradients, hidden_CD.dtype
+    d_CV, w_DV = d_raw_CV.astype(dtype), head.w_DV.astype(dtype)
+    dh_CD = jnp.einsum("cv,dv->cd", d_CV, w_DV, preferred_element_type=jnp.float32)
+    dh_ND = dh_ND.at[rows_C].set(dh_CD.astype(dh_ND.dtype), mode="drop")
+    if d_bias_V is not None:
+        d_bias_V = d_bias_V + jnp.sum(d_raw_CV, axis=0)
+    return dh_ND, (_add_product(dw_DV, hidden_CD, d_raw_CV), d_bias_V)
 
 
-def _chunk(objective: ObjectiveConfig, axes: Axes, heads: Heads, with_gradients: bool, tokens: Tokens, progress: Array):
-    """Return the loss and parts of one chunk, and float32 gradients (dh_CD, dw_DV, dbias_V) if asked for."""
-    head, bias_V = heads.student, heads.student.bias_V
-    over, teacher = vocabulary(head, axes), _teacher_of(axes, heads, tokens.teacher)
+def _add_product(sum_DV: Array, hidden_CD: Array, d_raw_CV: Array) -> Array:
+    """Return sum + hiddenᵀ·d_raw in float32, some columns at a time: the product as a whole never exists."""
+    d, columns = sum_DV.shape
+    width = product_columns(d, columns)
+    hidden_DC = lax.optimization_barrier(hidden_CD.T)  # XLA's matmuls for CPUs are slower the other way round
 
-    def of_raw(raw_CV: Array, bias_V: Array | None):
-        return chunk_loss(objective, over, tokens, progress, finish(raw_CV, bias_V, head, axes), teacher)
+    def add(first, width: int, sum_DV: Array) -> Array:
+        old_DX, d_CX = (lax.dynamic_slice_in_dim(x, first, width, axis=1) for x in (sum_DV, d_raw_CV))
+        d_CX = d_CX.astype(hidden_CD.dtype)
+        new_DX = old_DX + jnp.einsum("dc,cv->dv", hidden_DC, d_CX, preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(sum_DV, new_DX, first, axis=1)
 
-    raw_CV = matmul(tokens.student_ND, head)
-    if not with_gradients:
-        return of_raw(raw_CV, bias_V), None
-    loss, pullback, parts = jax.vjp(of_raw, raw_CV, bias_V, has_aux=True)
-    # Every device of the tensor axis holds a copy of the loss, and psum's pullback adds up what all copies send.
-    d_raw_CV, d_bias_V = pullback(jnp.float32(1 / over.parts))
-    # Cast once, before both matmuls, which accumulate in float32: bf16 gradients then err by 0.2 to 0.3 %.
-    d_raw_CV, w_DV = d_raw_CV.astype(tokens.student_ND.dtype), head.w_DV.astype(tokens.student_ND.dtype)
-    dh_CD = jnp.einsum("cv,dv->cd", d_raw_CV, w_DV, preferred_element_type=jnp.float32)
-    dw_DV = jnp.einsum("cd,cv->dv", tokens.student_ND, d_raw_CV, preferred_element_type=jnp.float32)
-    return (loss, parts), (dh_CD, dw_DV, d_bias_V)
+    whole, rest = divmod(columns, width)
+    sum_DV = lax.fori_loop(0, whole, lambda number, sum_DV: add(number * width, width, sum_DV), sum_DV)
+    return add(whole * width, rest, sum_DV) if rest else sum_DV
 
 
 def _chunked(
@@ -99,44 +118,44 @@ def _chunked(
 ):
     """Return (loss, parts) summed over all tokens of the mesh, and the gradients of this device's share or None.
 
-    Tokens that weigh something come first; chunks without any are skipped. The others' rows are never read.
+    Tokens that weigh something come first, and the loop ends with the last of them: the others' rows are never read.
     """
-    n = tokens.targets_N.shape[0]
-    chunk = chunk_size(objective, n, heads.student.w_DV.shape[1])
-    chunks = -(-n // chunk)
+    (n, d), head = tokens.student_ND.shape, heads.student
+    chunk = chunk_size(objective, n, head.w_DV.shape[1])
     weighs_N = (tokens.ce_weight_N != 0) | (tokens.kd_weight_N != 0)
     live = jnp.sum(weighs_N)
     order_N = jnp.where(jnp.arange(n) < live, jnp.argsort(~weighs_N, stable=True), n)
-    order = jnp.pad(order_N, (0, chunks * chunk - n), constant_values=n)
+    order = jnp.pad(order_N, (0, -n % chunk), constant_values=n)
+    of_chunk = partial(_chunk, objective, axes, heads, with_gradients, progress)
 
     def take(rows_C: Array) -> Tokens:
         return jax.tree.map(lambda x: jnp.take(x, rows_C, axis=0, mode="fill", fill_value=0), tokens)
 
-    def add(totals, rows_C: Array):
-        sums, gradients = _chunk(objective, axes, heads, with_gradients, take(rows_C), progress)
-        return jax.tree.map(jnp.add, totals, (sums, gradients and gradients[1:])), gradients and gradients[0]
+    def add(number, totals):
+        rows_C = lax.dynamic_slice_in_dim(order, number * chunk, chunk)
+        some, (sums, gradients) = take(rows_C), totals
+        more, d_raw_CV = of_chunk(some)
+        if with_gradients:
+            gradients = _add_gradients(gradients, head, rows_C, some.student_ND, d_raw_CV)
+        return jax.tree.map(jnp.add, sums, more), gradients
 
-    def body(totals, rows_C: Array):
-        # All devices of the tensor axis hold the same tokens, so they go the same way.
-        return lax.cond(rows_C[0] < n, add, lambda totals, rows_C: (totals, nothing), totals, rows_C)
-
-    sums, gradients = jax.eval_shape(
-        lambda rows_C: _chunk(objective, axes, heads, with_gradients, take(rows_C), progress), order[:chunk]
-    )
-    start = _zeros((sums, gradients and gradients[1:]))
-    nothing = gradients and _zeros(gradients[0])
-    (sums, head_gradients), dh = lax.scan(body, start, order.reshape(chunks, chunk))
-    sums, head_gradients = lax.psum((sums, head_gradients), axes.batch) if axes.batch else (sums, head_gradients)
-    if not with_gradients:
+    sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: of_chunk(take(order[:chunk]))[0]))
+    gradients = None
+    if with_gradients:
+        dtype = tokens.student_ND.dtype if axes.tensor is None else jnp.float32
+        gradients = jnp.zeros((n, d), dtype), jax.tree.map(_float_zeros, (head.w_DV, head.bias_V))
+    # All devices of the tensor axis hold the same tokens, so they end together.
+    sums, gradients = lax.fori_loop(0, -(-live // chunk), add, (sums, gradients))
+    sums = lax.psum(sums, axes.batch) if axes.batch else sums
+    if gradients is None:
         return sums, None, None
-    dh = dh.reshape(chunks * chunk, -1).astype(tokens.student_ND.dtype if axes.tensor is None else jnp.float32)
-    dh_ND = jnp.zeros((n, dh.shape[1]), dh.dtype).at[order].set(dh, mode="drop")
+    dh_ND, of_head = gradients
     dh_ND = dh_ND if axes.tensor is None else lax.psum(dh_ND, axes.tensor)
-    return sums, dh_ND.astype(tokens.student_ND.dtype), head_gradients
+    return sums, dh_ND.astype(tokens.student_ND.dtype), lax.psum(of_head, axes.batch) if axes.batch else of_head
 
 
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+def _float_zeros(x: Array) -> Array:
+    return jnp.zeros(x.shape, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -150,6 +169,7 @@ def _in_chunks_forward(objective, shard, trained, given):
     tokens, heads, progress = _put(trained, given)
     sums, dh_ND, (dw_DV, d_bias_V) = shard(partial(_chunked, objective, True), tokens, heads, progress)
     head = trained[1]
+    d_bias_V = None if d_bias_V is None else d_bias_V.astype(head.bias_V.dtype)
     return sums, (dh_ND, replace(head, w_DV=dw_DV.astype(head.w_DV.dtype), bias_V=d_bias_V))
 
 
@@ -169,8 +189,8 @@ def _put(trained: tuple[Array, Head], given: tuple) -> tuple[Tokens, Heads, Arra
 def _reference(objective: ObjectiveConfig, shard: Shard, trained: tuple[Array, Head], given: tuple):
     """Return the loss and parts from the logits of all tokens at once, differentiated by jax."""
     tokens, heads, progress = _put(trained, given)
-    student_NV, teacher = head_logits(tokens.student_ND, heads.student), _teacher_of(Axes(), heads, tokens.teacher)
-    loss, parts = chunk_loss(objective, vocabulary(heads.student), tokens, progress, student_NV, teacher)
+    raw_NV, teachers = _products(tokens, heads)
+    loss, parts = _loss(objective, Axes(), heads, progress, tokens, teachers, raw_NV)
     return loss, lax.stop_gradient(parts)
 
 

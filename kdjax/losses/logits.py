@@ -99,9 +99,9 @@ def matmul(hidden_ND: Array, head: Head) -> Array:
     return jnp.einsum("nd,dv->nv", hidden_ND, w_DV, preferred_element_type=jnp.float32)
 
 
-def finish(raw_NV: Array, bias_V: Array | None, head: Head, axes: Axes = Axes()) -> Array:  # noqa: B008 (a constant)
+def finish(raw_NV: Array, head: Head, axes: Axes = Axes()) -> Array:  # noqa: B008 (a constant)
     """Return logits from the bare product: biased, scaled, soft-capped, with padded entries at `NOWHERE`."""
-    logits_NV = raw_NV if bias_V is None else raw_NV + bias_V.astype(jnp.float32)[None, :]
+    logits_NV = raw_NV if head.bias_V is None else raw_NV + head.bias_V.astype(jnp.float32)[None, :]
     if head.scale is not None:
         logits_NV = logits_NV * head.scale
     if head.soft_cap is not None:
@@ -112,7 +112,7 @@ def finish(raw_NV: Array, bias_V: Array | None, head: Head, axes: Axes = Axes())
 
 def head_logits(hidden_ND: Array, head: Head, axes: Axes = Axes()) -> Array:  # noqa: B008 (a constant)
     """Return float32 logits_NV of a head: scaled, soft-capped, with padded vocabulary entries at `NOWHERE`."""
-    return finish(matmul(hidden_ND, head), head.bias_V, head, axes)
+    return finish(matmul(hidden_ND, head), head, axes)
 
 
 def log_softmax(logits_NV: Array, over: Vocabulary) -> Array:

@@ -79,7 +79,7 @@ class ObjectiveConfig:
     """Weight of (log Σ exp of the student's logits)², which keeps logits from drifting, beside the cross entropy and
     under alpha like it; 1e-4 is common."""
     chunk_mib: int = 0
-    """Memory in MiB that auto gives to one chunk's logits and their gradients; 0: 1024 on a CPU, 4096 elsewhere."""
+    """Memory in MiB that auto gives to one chunk's logits and their gradients; 0: 1024 on a CPU, 2048 elsewhere."""
     implementation: Literal["chunked", "reference"] = "chunked"
     """A row of kdjax.losses.fused.IMPLEMENTATIONS: in chunks, or plain, with logits of all tokens at once."""
     debug: bool = False

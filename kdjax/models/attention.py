@@ -6,7 +6,7 @@ A model takes such a callable as its field `attention`, so that one which works 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,29 @@ from kdjax.shapes import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sight:
-    """What each query may see: itself and earlier keys of its own segment.
+    """What each query may see (itself and earlier keys of its own segment), and how it scores that.
 
     Padding is segment 0 and sees itself like any other segment, so no row of the mask is empty and none gives NaN.
 
     Attributes:
         query_segment_BT: segments of the queries.
         key_segment_BS: segments of the keys; without a cache, those of the queries.
-        mask_B1TS: the same as a mask, built once a batch; a kernel that goes by segments leaves it unread.
+        back_TS: how many slots a key lies before a query; negative where it comes after.
+        mask_B1TS: all that a query may see; a kernel that goes by segments leaves it unread.
+        scale: factor on the scores; None is one over the root of the head width.
+        soft_cap: c in ``c·tanh(score/c)``, or None.
     """
 
     query_segment_BT: Array
     key_segment_BS: Array
+    back_TS: Array
     mask_B1TS: Array
+    scale: float | None = field(default=None, metadata={"static": True})
+    soft_cap: float | None = field(default=None, metadata={"static": True})
+
+    def within(self, window: Array | int) -> Sight:
+        """Return the sight of what lies fewer than `window` tokens back."""
+        return replace(self, mask_B1TS=self.mask_B1TS & (self.back_TS < window)[None, None])
 
 
 Attention = Callable[[Array, Array, Array, Sight], Array]
@@ -38,15 +48,31 @@ Attention = Callable[[Array, Array, Array, Sight], Array]
 def see(query_segment_BT: Array, key_segment_BS: Array, first_slot: Array | int = 0) -> Sight:
     """Return the sight of queries that stand at `first_slot` and after among the keys."""
     tokens, slots = query_segment_BT.shape[1], key_segment_BS.shape[1]
-    earlier_TS = (first_slot + jnp.arange(tokens))[:, None] >= jnp.arange(slots)[None, :]
+    back_TS = (first_slot + jnp.arange(tokens))[:, None] - jnp.arange(slots)[None, :]
     same_BTS = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
-    return Sight(query_segment_BT, key_segment_BS, (same_BTS & earlier_TS[None])[:, None])
+    return Sight(query_segment_BT, key_segment_BS, back_TS, (same_BTS & (back_TS >= 0)[None])[:, None])
 
 
 def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Sight) -> Array:
     """Return scaled dot-product attention, softmax in float32: cuDNN's flash kernel where it can, XLA elsewhere."""
+    if sight.soft_cap is not None:
+        return _capped(q_BTHK, k_BSGK, v_BSGK, sight, sight.soft_cap)
     implementation = "cudnn" if _cudnn_can(q_BTHK, k_BSGK) else "xla"
-    return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=sight.mask_B1TS, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BSGK, v_BSGK, mask=sight.mask_B1TS, scale=sight.scale, implementation=implementation
+    )
+
+
+def _capped(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Sight, soft_cap: float) -> Array:
+    """Return attention with capped scores, which no kernel here has. Paper: Gemma 2, arXiv:2408.00118, section 2."""
+    groups, head_width = k_BSGK.shape[2:]
+    q_BTGMK = q_BTHK.reshape(*q_BTHK.shape[:2], groups, -1, head_width)
+    scores = jnp.einsum("btgmk,bsgk->bgmts", q_BTGMK, k_BSGK, preferred_element_type=jnp.float32)
+    scores = scores * (head_width**-0.5 if sight.scale is None else sight.scale)
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(sight.mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("bgmts,bsgk->btgmk", weights, v_BSGK).reshape(q_BTHK.shape)
 
 
 def _cudnn_can(q_BTHK: Array, k_BSGK: Array) -> bool:

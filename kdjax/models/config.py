@@ -12,6 +12,44 @@ Remat = Literal["none", "dots", "full"]
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions, and how they were stretched for texts longer than those that the model was made for."""
+
+    theta: float = 10_000.0
+    """The base of the angles."""
+    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    """A row of `kdjax.models.positions.SCALINGS`."""
+    factor: float = 1.0
+    """How many times longer texts became; `none` leaves this and all that follows unread."""
+    made_for: int = 2048
+    """The longest text before."""
+    low_frequency: float = 1.0
+    """llama3: a wave that turns less often than this in `made_for` positions is stretched by the whole factor."""
+    high_frequency: float = 4.0
+    """llama3: one that turns more often is left alone."""
+    beta_slow: float = 1.0
+    """yarn: as `low_frequency`."""
+    beta_fast: float = 32.0
+    """yarn: as `high_frequency`."""
+    truncate: bool = True
+    """yarn: whether the two bounds are moved outwards to whole waves."""
+    attention_factor: float = 1.0
+    """yarn: what queries and keys are multiplied by."""
+
+    def __post_init__(self) -> None:
+        """Check what no angles can be made from."""
+        if not self.theta > 1:
+            raise UserError(f"rope.theta is {self.theta}; wanted more than 1")
+        for name in ("factor", "made_for", "beta_slow", "beta_fast", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"rope.{name} is {getattr(self, name)}; wanted more than 0")
+        if not self.low_frequency < self.high_frequency:
+            raise UserError(
+                f"rope.low_frequency {self.low_frequency} is not below high_frequency {self.high_frequency}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a Transformer; the defaults are a small Llama."""
 
@@ -28,16 +66,32 @@ class ModelConfig:
     """The longest sequence it was made for."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norms: Literal["before", "after", "both"] = "before"
+    """Where attention and mlp are normalised: their input, their output, or both."""
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
     positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
+    rope: Rope = Rope()
+    windows: tuple[int, ...] = ()
+    """How many tokens each layer sees, itself counted; 0 is all. Empty: all layers see all."""
+    local_rope: Rope | None = None
+    """Of the layers that have a window; None is that of the others."""
+    attention_scale: float | None = None
+    """Factor on the scores; None is one over the root of head_width."""
+    attention_soft_cap: float | None = None
+    """c in ``c·tanh(score/c)``."""
     qkv_bias: bool = False
     out_bias: bool = False
     """A bias on the attention's output projection."""
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """Normalise queries and keys over the head width, before they are rotated."""
     tie_head: bool = True
     """The head is the transposed embedding."""
+    head_soft_cap: float | None = None
+    """c in ``c·tanh(logit/c)``."""
+    scale_embedding: bool = False
+    """Multiply embeddings by the root of the width."""
     dropout: float = 0.0
     """Rate on the embedding and on both residual branches, in training only."""
 
@@ -51,6 +105,13 @@ class ModelConfig:
             raise UserError(f"heads {self.heads} does not divide by kv_heads {self.kv_heads}")
         if self.positions == "rope" and self.head_width % 2:
             raise UserError(f"head_width is {self.head_width}; rotary positions want an even one")
+        if self.positions == "rope" and self.rope.scaling == "dynamic" and self.head_width < 4:
+            raise UserError(f"head_width is {self.head_width}; dynamically scaled rotary positions want at least 4")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise UserError(f"windows is {self.windows}; wanted {self.layers}, one for each layer, each from 0")
+        for name in ("attention_scale", "attention_soft_cap", "head_soft_cap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} is {value}; wanted more than 0, or None")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; wanted from 0 to below 1")
 

@@ -25,12 +25,14 @@ class Weight:
         disk: the dimensions on disk, each one letter, or several joined to one; ``3`` counts the parts fused into it.
         ours: the letters of our parameter, without the leading L.
         part: which of the fused parts this is.
+        less: what the tensor on disk is smaller by, as scales of norms that are stored as their distance from 1.
     """
 
     name: str
     disk: str
     ours: str
     part: int | None = None
+    less: float = 0.0
 
     def names(self, layers: int) -> list[str]:
         """Return the tensor's name in each of so many layers, or the one name."""
@@ -41,16 +43,18 @@ class Weight:
         return tuple(math.prod(sizes[letter] for letter in group) for group in self.disk.split(","))
 
     def from_disk(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-        """Return our parameter, of one layer, as a view of the tensor on disk."""
+        """Return our parameter, of one layer: a view of the tensor on disk where that is the same numbers."""
         whole = tensor.reshape([sizes[letter] for letter in self._axes])
         if self.part is not None:
             whole = np.moveaxis(whole, self._axes.index("3"), 0)[self.part]
-        return whole.transpose([self._own_axes.index(letter) for letter in self.ours])
+        whole = whole.transpose([self._own_axes.index(letter) for letter in self.ours])
+        return whole.astype(np.float32) + np.float32(self.less) if self.less else whole
 
     def to_disk(self, parts: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
         """Return the tensor on disk made of our parameter of one layer, or of all those that are fused into it."""
         laid = [part.transpose([self.ours.index(letter) for letter in self._own_axes]) for part in parts]
         whole = laid[0] if self.part is None else np.stack(laid, axis=self._axes.index("3"))
+        whole = whole - np.float32(self.less) if self.less else whole
         return whole.reshape(self.disk_shape(sizes))
 
     @property

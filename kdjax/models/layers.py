@@ -100,18 +100,19 @@ class Norm(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        """Return x normalised over its width, computed in float32."""
-        width = ((None, self.config.width),)
-        scale = parameter(self, "scale", nn.initializers.ones, width).astype(jnp.float32)
-        x = x_BTD.astype(jnp.float32)
+    def __call__(self, x: Array) -> Array:
+        """Return x normalised over its last dimension, computed in float32."""
+        dims, dtype = ((None, x.shape[-1]),), self.dtype
+        scale, x = parameter(self, "scale", nn.initializers.ones, dims).astype(jnp.float32), x.astype(jnp.float32)
+        leading = tuple(range(x.ndim - 1))
         if self.config.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps) * scale[None, None]
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
+        x = x * jnp.expand_dims(scale, leading)
         if self.config.norm == "layer":
-            bias = parameter(self, "bias", nn.initializers.zeros, width).astype(jnp.float32)
-            x = x + bias[None, None]
-        return x.astype(self.dtype)
+            bias = parameter(self, "bias", nn.initializers.zeros, dims).astype(jnp.float32)
+            x = x + jnp.expand_dims(bias, leading)
+        return x.astype(dtype)
 
 
 class Mlp(nn.Module):

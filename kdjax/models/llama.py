@@ -7,6 +7,7 @@ from typing import Any
 from kdjax.errors import UserError
 from kdjax.models.config import ModelConfig
 from kdjax.models.family import Family, Weight, hf_activation, read, read_activation, refuse_others
+from kdjax.models.hf_rope import read_rope, write_rope
 
 _ATTENTION = "model.layers.{}.self_attn."
 _MLP = "model.layers.{}.mlp."
@@ -64,7 +65,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         activation=read_activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
         positions="rope",
-        rope_theta=_rope_theta(hf),
+        rope=read_rope(hf, max_positions),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=read(hf, "mlp_bias", bool, False),
@@ -87,25 +88,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": hf_activation(config.activation),
-        "rope_theta": config.rope_theta,
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_head,
-    }
-
-
-def _rope_theta(hf: dict[str, Any]) -> float:
-    """Return the base of the rotary angles, from version 4's or 5's style; scaled angles are refused."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{key} is {rope!r}; wanted an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{key} has rope_type {kind!r}, which kdjax does not compute; wanted 'default'")
-        refuse_others(rope, {"partial_rotary_factor": (None, 1, 1.0)})
-    rope = hf.get("rope_parameters") or {}
-    return read(rope if "rope_theta" in rope else hf, "rope_theta", float, 10_000.0)
+    } | write_rope(config.rope)
 
 
 def _refuse_sliding_window(hf: dict[str, Any], max_positions: int) -> None:

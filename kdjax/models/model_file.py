@@ -107,7 +107,8 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
         return stacked([_layer_of(tensor, layer) for layer in keep])
 
     tensors = file.tensors | {"layers": jax.tree.map(selected, file.tensors["layers"])}
-    return replace(file, config=replace(file.config, layers=len(keep)), tensors=tensors)
+    windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
+    return replace(file, config=replace(file.config, layers=len(keep), windows=windows), tensors=tensors)
 
 
 def _layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:

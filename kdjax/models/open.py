@@ -62,7 +62,7 @@ def _open_run(directory: Path) -> ModelFile:
 
     path = directory / "model.json"
     try:
-        config = dacite.from_dict(ModelConfig, files.read_json(path), dacite.Config(strict=True))
+        config = dacite.from_dict(ModelConfig, files.read_json(path), dacite.Config(strict=True, cast=[tuple]))
     except dacite.DaciteError as error:
         raise UserError(f"{path} is not a model's architecture: {error}") from error
     params = open_params(directory).params

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
+from kdjax.models.config import Rope
 from kdjax.shapes import Array
 
 
-def rope_waves(position_BT: Array, head_width: int, theta: float) -> tuple[Array, Array]:
+def rope_waves(position_BT: Array, segment_BT: Array, head_width: int, rope: Rope) -> tuple[Array, Array]:
     """Return cosine and sine of every rotary angle, float32, [B, T, 1, K/2]: one axis kept for the heads.
 
-    Angle j at position t is ``t · theta^(-2j/K)``. Paper: Su et al. 2021, RoFormer, arXiv:2104.09864, eq. 15.
+    Angle j at position t is ``t · theta^(-2j/K)``, its frequency scaled as a row of `SCALINGS` says; both waves are
+    multiplied by `rope.attention_factor`. Paper: Su et al. 2021, RoFormer, arXiv:2104.09864, eq. 15.
     """
-    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    exponent = -jnp.arange(0, head_width, 2, dtype=jnp.float32)[None, None] / head_width
+    frequency = SCALINGS[rope.scaling](rope, exponent, _length(position_BT, segment_BT)[:, :, None])
+    angle = position_BT[:, :, None].astype(jnp.float32) * frequency
+    return rope.attention_factor * jnp.cos(angle)[:, :, None], rope.attention_factor * jnp.sin(angle)[:, :, None]
 
 
 def rotate(x_BTHK: Array, waves: tuple[Array, Array]) -> Array:
@@ -23,3 +29,67 @@ def rotate(x_BTHK: Array, waves: tuple[Array, Array]) -> Array:
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTHK.dtype)
+
+
+def _length(position_BT: Array, segment_BT: Array) -> Array:
+    """Return how long the segment is that each token stands in, as far as it is seen."""
+    same_BTT = segment_BT[:, :, None] == segment_BT[:, None, :]
+    return 1 + jnp.max(jnp.where(same_BTT, position_BT[:, None, :], 0), axis=-1)
+
+
+def _none(rope: Rope, exponent: Array, length_BT1: Array) -> Array:
+    """Return the frequencies of the base itself, [1, 1, K/2]."""
+    return rope.theta**exponent
+
+
+def _linear(rope: Rope, exponent: Array, length_BT1: Array) -> Array:
+    """Return all of them divided by the factor. Paper: Chen et al. 2023, Position Interpolation, arXiv:2306.15595."""
+    return _none(rope, exponent, length_BT1) / rope.factor
+
+
+def _dynamic(rope: Rope, exponent: Array, length_BT1: Array) -> Array:
+    """Return those of a base that grows with the text once it is longer than `made_for`, [B, T, K/2].
+
+    Each packed text goes by its own length. While one is being generated, what is in the cache keeps the angles it had.
+    Source: bloc97 and emozilla 2023, dynamic NTK scaling, as in Peng et al. 2023, YaRN, arXiv:2309.00071, section 3.3.
+    """
+    k = 2 * exponent.shape[-1]
+    ratio_BT1 = jnp.maximum(length_BT1, rope.made_for).astype(jnp.float32) / rope.made_for
+    return (rope.theta * (rope.factor * ratio_BT1 - (rope.factor - 1)) ** (k / (k - 2))) ** exponent
+
+
+def _llama3(rope: Rope, exponent: Array, length_BT1: Array) -> Array:
+    """Return slow waves stretched whole, fast ones not, and those between in part, by turns in `made_for` positions.
+
+    Paper: Grattafiori et al. 2024, The Llama 3 Herd of Models, arXiv:2407.21783; the bounds are of Llama 3.1's code.
+    """
+    frequency = _none(rope, exponent, length_BT1)
+    turns = rope.made_for * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - rope.low_frequency) / (rope.high_frequency - rope.low_frequency), 0, 1)
+    return kept * frequency + (1 - kept) * frequency / rope.factor
+
+
+def _yarn(rope: Rope, exponent: Array, length_BT1: Array) -> Array:
+    """Return the same with a ramp over the numbers of the waves. Paper: Peng et al. 2023, YaRN, arXiv:2309.00071."""
+    frequency, waves = _none(rope, exponent, length_BT1), exponent.shape[-1]
+
+    def number(turns: float) -> float:
+        """Return which wave turns so often in `made_for` positions."""
+        return waves * math.log(rope.made_for / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    first, last = number(rope.beta_fast), number(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * waves - 1)
+    stretched = jnp.clip((jnp.arange(waves)[None, None] - first) / ((last - first) or 0.001), 0, 1)
+    return (1 - stretched) * frequency + stretched * frequency / rope.factor
+
+
+SCALINGS: dict[str, Callable[[Rope, Array, Array], Array]] = {
+    "none": _none,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+}
+"""``f(rope, exponent, length_BT1)`` -> frequencies that broadcast to [B, T, K/2]; the exponents are −2j/K."""

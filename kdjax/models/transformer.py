@@ -6,7 +6,8 @@ Layers are stacked on a leading axis and run under `nn.scan`; what differs betwe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,9 @@ from kdjax.shapes import Array, Head, Output, View
 TAPS = ("hidden", "q", "k", "v")
 """What `Model.apply` can tap in each layer: its output, and the queries, keys and values that attention sees."""
 
+_ALL = 2**30
+"""A window that no text is as long as."""
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -36,6 +40,8 @@ class Shared:
 
     sight: Sight
     waves: tuple[Array, Array] | None
+    local_waves: tuple[Array, Array] | None
+    """Of layers with a window, where these differ."""
     first_slot: Array | int
     row_keys_B: Array | None
 
@@ -49,7 +55,9 @@ class SelfAttention(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD: Array, shared: Shared, slots: tuple[Array, Array] | None) -> tuple[Array, dict, Any]:
+    def __call__(
+        self, x_BTD: Array, window: Array | None, shared: Shared, slots: tuple[Array, Array] | None
+    ) -> tuple[Array, dict, Any]:
         """Return the output, its queries, keys and values by name, and the cache's slots with these tokens added."""
         c, width = self.config, (("embed", self.config.width),)
         heads = (("heads", c.heads), ("head_width", c.head_width))
@@ -58,8 +66,13 @@ class SelfAttention(nn.Module):
             name: Linear(width, dims, c.qkv_bias, self.dtype, name=name)(x_BTD)
             for name, dims in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         }
-        if shared.waves is not None:
-            seen |= {name: rotate(seen[name], shared.waves) for name in ("q", "k")}
+        if c.qk_norm:
+            seen |= {name: Norm(c, self.dtype, name=f"{name}_norm")(seen[name]) for name in ("q", "k")}
+        waves = shared.waves
+        if window is not None and shared.local_waves is not None:
+            waves = jax.tree.map(partial(jnp.where, window > 0), shared.local_waves, waves)
+        if waves is not None:
+            seen |= {name: rotate(seen[name], waves) for name in ("q", "k")}
         q_BTHK = self.layout(seen["q"], ("batch", "sequence", "heads", None))
         k_BSGK = self.layout(seen["k"], ("batch", "sequence", "kv_heads", None))
         v_BSGK = self.layout(seen["v"], ("batch", "sequence", "kv_heads", None))
@@ -67,13 +80,14 @@ class SelfAttention(nn.Module):
             k_BSGK, v_BSGK = slots = tuple(
                 _write(old, new, shared.first_slot) for old, new in zip(slots, (k_BSGK, v_BSGK), strict=True)
             )
-        y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, shared.sight)
+        sight = shared.sight if window is None else shared.sight.within(jnp.where(window > 0, window, _ALL))
+        y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, sight)
         y_BTHK = self.layout(y_BTHK, ("batch", "sequence", "heads", None))
         return Linear(heads, width, c.out_bias, self.dtype, branch_std(c), name="out")(y_BTHK), seen, slots
 
 
 class Layer(nn.Module):
-    """One layer, pre-norm: attention and mlp, each a residual branch."""
+    """One layer: attention and mlp, each a residual branch."""
 
     config: ModelConfig
     dtype: Any
@@ -82,19 +96,32 @@ class Layer(nn.Module):
     taps: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x_BTD: Array, number: Array, slots: tuple[Array, Array] | None, shared: Shared) -> tuple:
+    def __call__(
+        self,
+        x_BTD: Array,
+        number: Array,
+        window: Array | None,
+        slots: tuple[Array, Array] | None,
+        shared: Shared,
+    ) -> tuple:
         """Return the carry of the scan (the residual stream), and this layer's taps and cache slots."""
         c, keys = self.config, shared.row_keys_B
-        h_BTD = Norm(c, self.dtype, name="attention_norm")(x_BTD)
-        h_BTD, seen, slots = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")(
-            h_BTD, shared, slots
-        )
-        x_BTD = x_BTD + dropout(h_BTD, keys, 1 + 2 * number, c.dropout)
-        h_BTD = Mlp(c, self.dtype, self.layout, name="mlp")(Norm(c, self.dtype, name="mlp_norm")(x_BTD))
-        x_BTD = x_BTD + dropout(h_BTD, keys, 2 + 2 * number, c.dropout)
+        attention = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")
+        h_BTD, seen, slots = attention(self._before("attention", x_BTD), window, shared, slots)
+        x_BTD = x_BTD + dropout(self._after("attention", h_BTD), keys, 1 + 2 * number, c.dropout)
+        h_BTD = Mlp(c, self.dtype, self.layout, name="mlp")(self._before("mlp", x_BTD))
+        x_BTD = x_BTD + dropout(self._after("mlp", h_BTD), keys, 2 + 2 * number, c.dropout)
         x_BTD = self.layout(x_BTD, ("batch", "sequence", None))
         seen["hidden"] = x_BTD
         return x_BTD, ({name: seen[name] for name in self.taps}, slots)
+
+    def _before(self, branch: str, x_BTD: Array) -> Array:
+        is_there = self.config.norms in ("before", "both")
+        return Norm(self.config, self.dtype, name=f"{branch}_norm")(x_BTD) if is_there else x_BTD
+
+    def _after(self, branch: str, h_BTD: Array) -> Array:
+        is_there = self.config.norms in ("after", "both")
+        return Norm(self.config, self.dtype, name=f"{branch}_after_norm")(h_BTD) if is_there else h_BTD
 
 
 class Transformer(nn.Module):
@@ -112,6 +139,8 @@ class Transformer(nn.Module):
         """Return hidden states after the last norm, taps stacked by layer, and the cache with these tokens added."""
         c = self.config
         x_BTD = Embedding("vocab", c.vocab_size, c.width, self.dtype, self.layout, name="embed")(view.tokens_BT)
+        if c.scale_embedding:
+            x_BTD = x_BTD * jnp.asarray(c.width**0.5, self.dtype)
         if c.positions == "learned":
             table = Embedding("position", c.max_positions, c.width, self.dtype, self.layout, name="positions")
             x_BTD = x_BTD + table(view.position_BT)
@@ -121,10 +150,16 @@ class Transformer(nn.Module):
         if cache is not None:
             first_slot, slots = cache.used, (cache.k_LBSGK, cache.v_LBSGK)
             segment_BS = _write(cache.segment_BS, view.segment_BT, first_slot)
-        waves = rope_waves(view.position_BT, c.head_width, c.rope_theta) if c.positions == "rope" else None
-        shared = Shared(see(view.segment_BT, segment_BS, first_slot), waves, first_slot, row_keys_B)
+        sight = see(view.segment_BT, segment_BS, first_slot)
+        sight = replace(sight, scale=c.attention_scale, soft_cap=c.attention_soft_cap)
+        waves, local_waves = (
+            rope_waves(view.position_BT, view.segment_BT, c.head_width, rope) if rope is not None else None
+            for rope in (c.rope if c.positions == "rope" else None, c.local_rope if c.windows else None)
+        )
         layers = self._layers()(c, self.dtype, self.attention, self.layout, self.taps, name="layers")
-        x_BTD, (taps, slots) = layers(x_BTD, jnp.arange(c.layers), slots, shared)
+        windows_L = jnp.array(c.windows) if c.windows else None
+        shared = Shared(sight, waves, local_waves, first_slot, row_keys_B)
+        x_BTD, (taps, slots) = layers(x_BTD, jnp.arange(c.layers), windows_L, slots, shared)
 
         if not c.tie_head and self.is_initializing():
             Linear((("embed", c.width),), (("vocab", c.vocab_size),), False, self.dtype, name="head")(x_BTD)
@@ -141,7 +176,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast),
             length=self.config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # one trace of the layer, not two
@@ -208,7 +243,7 @@ class Model:
     def head(self, params: dict) -> Head:
         """Return the map from hidden states to logits: the head's own kernel, or the embedding when tied."""
         w_DV = params["embed"]["embedding"].T if self.config.tie_head else params["head"]["kernel"]
-        return Head(w_DV, vocab_size=self.config.vocab_size)
+        return Head(w_DV, vocab_size=self.config.vocab_size, soft_cap=self.config.head_soft_cap)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache with room for `slots` tokens in each of `batch` rows."""

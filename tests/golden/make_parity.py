@@ -1,8 +1,9 @@
 """Makes the golden files of the parity tests: tiny random models of transformers, their logits and greedy text.
 
-COMMAND: python tests/golden/make_parity.py   (needs torch and transformers; rewrites the directories beside it)
+COMMAND: python tests/golden/make_parity.py [NAME ...]   (needs torch and transformers; rewrites directories beside it)
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,15 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+LLAMA_3_ROPE = {
+    "rope_theta": 1e3,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "attention_bias": False}
 GPT2 = {
     "vocab_size": 128,
     "n_embd": 32,
@@ -43,6 +53,31 @@ MODELS = {
             mlp_bias=True,
             head_dim=12,
             rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        )
+    ),
+    "llama_3": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **LLAMA, head_dim=16, tie_word_embeddings=True, rope_parameters={"rope_type": "llama3"} | LLAMA_3_ROPE
+        )
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True, rope_parameters={"rope_type": "yarn"} | YARN)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=False)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=5)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **GEMMA,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
@@ -67,5 +102,5 @@ def make(name):
 
 
 if __name__ == "__main__":
-    for model_name in MODELS:
+    for model_name in sys.argv[1:] or MODELS:
         make(model_name)

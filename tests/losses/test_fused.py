@@ -1,6 +1,7 @@
 """The fused loss against the plain one in float64, whatever the chunk, mesh, head or precision."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.losses import DIVERGENCES, IMPLEMENTATIONS, ObjectiveConfig, fused_kd_loss, head_logits
-from kdjax.losses.fused import chunk_size
+from kdjax.losses import DIVERGENCES, IMPLEMENTATIONS, ObjectiveConfig, fused, fused_kd_loss, head_logits
+from kdjax.losses.sizes import COPIES, block_size, chunk_size, product_columns
 from kdjax.shapes import Head, Signal
 from kdjax.sharding import MeshConfig, placement
 
@@ -287,39 +288,69 @@ def test_tokens_of_no_weight_at_all_give_zero():
     assert loss == 0 and all(value == 0 for value in parts.values()) and all(np.all(g == 0) for g in gradients)
 
 
-def test_chunks_without_weight_are_not_computed():
-    """The loop's own body multiplies nothing: the matmuls stand in a branch that such chunks do not take."""
-    jaxpr = jax.make_jaxpr(jax.grad(lambda *a: _fused(_problem(), ObjectiveConfig(0.3, chunk_tokens=8))[0](*a)[0]))
-    _, start = _fused(_problem(), ObjectiveConfig())
-    inner = {name: list(_bodies(jaxpr(*start).jaxpr, name)) for name in ("scan", "cond")}
-    assert len(inner["scan"]) == 1
-    conditions = [eqn for eqn in inner["scan"][0].eqns if eqn.primitive.name == "cond"]
-    assert len(conditions) == 1 and not any(eqn.primitive.name == "dot_general" for eqn in inner["scan"][0].eqns)
-    counts = sorted(str(branch).count("dot_general") for branch in conditions[0].params["branches"])
-    assert counts == [0, 4]
+@pytest.fixture
+def chunks(monkeypatch):
+    """Return a list that every chunk which is computed, on any device, adds its number of tokens to."""
+    computed, of_chunk = [], fused._chunk
+
+    def counted(*given):
+        jax.debug.callback(lambda x: computed.append(len(x)), given[-1].targets_N)
+        return of_chunk(*given)
+
+    monkeypatch.setattr(fused, "_chunk", counted)
+    return computed
 
 
-def _bodies(jaxpr, name):
-    """Yield the inner jaxprs of each equation of a primitive, at any depth."""
-    for eqn in jaxpr.eqns:
-        for inner in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                if eqn.primitive.name == name:
-                    yield inner
-                yield from _bodies(inner, name)
+@pytest.mark.parametrize(("live", "wanted"), [(0, 0), (1, 1), (8, 1), (9, 2), (N, N // 8)])
+def test_chunks_without_weight_are_not_computed(chunks, live, wanted):
+    problem = list(_problem())
+    is_live = np.random.default_rng(0).permutation(N) < live
+    problem[5], problem[6] = (np.where(is_live, weight, 0) for weight in problem[5:])
+    jax.block_until_ready(jax.jit(partial(_differentiated, problem, ObjectiveConfig(0.3, chunk_tokens=8)))())
+    jax.effects_barrier()
+    assert chunks == [8] * wanted
 
 
 def test_auto_takes_what_the_memory_budget_holds():
     objective = ObjectiveConfig()
     sizes = [chunk_size(objective, 10**6, v, backend) for v, backend in ((49_152, "cpu"), (128_256, "cpu"))]
-    assert sizes == [640, 256] and chunk_size(objective, 10**6, 128_256, "gpu") == 1024
+    assert sizes == [1344, 512] and chunk_size(objective, 10**6, 128_256, "gpu") == 1024
     assert chunk_size(objective, 100, 128_256, "gpu") == 100
     assert chunk_size(objective, 1000, 1000) == 256 and chunk_size(objective, 8192, 1000) == 1024
+    row = 4 * 50_000 * COPIES
     for mib in (200, 1000):
         tokens = chunk_size(ObjectiveConfig(chunk_mib=mib), 10**6, 50_000)
-        assert tokens % 64 == 0 and tokens * 50_000 * 4 * 8 <= mib * 2**20 < (tokens + 64) * 50_000 * 4 * 8
+        assert tokens % 64 == 0 and tokens * row <= mib * 2**20 < (tokens + 64) * row
     assert chunk_size(ObjectiveConfig(chunk_mib=1), 10**6, 10**6) == 64
+
+
+def test_blocks_divide_a_chunk_and_fit_the_caches_of_a_cpu():
+    assert [block_size(512, v, "cpu") for v in (128_256, 49_152, 512, 10**7)] == [2, 4, 512, 1]
+    assert block_size(7 * 11, 32_000, "cpu") == 7 and block_size(1024, 128_256, "gpu") == 512
+    assert product_columns(576, 128_256, "cpu") == 10_922 and product_columns(576, 1000, "cpu") == 1000
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, V), (2, 24), (7, 32), (14, 1)])
+def test_blocks_and_columns_change_nothing(monkeypatch, rows, columns):
+    """Blocks of a chunk, and columns of dW's product with and without a rest, against the chunk as a whole."""
+    problem, objective = _problem(4), ObjectiveConfig(0.4, 2.0, "jsd", chunk_tokens=14)
+    loss, start = _fused(problem, objective, HEADS["all"])
+    wanted = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*start)
+    monkeypatch.setattr(fused, "block_size", lambda chunk, v: rows)
+    monkeypatch.setattr(fused, "product_columns", lambda d, v: columns)
+    found = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*start)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta", "decoupled_kd"])
+def test_memory_is_that_of_three_arrays_of_a_chunks_logits(divergence):
+    """Both models' logits and the gradient; what the divergence needs besides is as large as a block."""
+    chunk, v, block = 256, 16_384, 16
+    loss, start = _fused(_problem(n=1024, v=v), ObjectiveConfig(0.4, 2.0, divergence, chunk_tokens=chunk))
+    assert block_size(chunk, v, "cpu") == block
+    compiled = jax.jit(jax.grad(lambda *a: loss(*a)[0], (0, 1))).lower(*start).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < (3 * chunk + 20 * block) * v * 4
 
 
 def test_parts_against_float64():
@@ -359,8 +390,8 @@ def test_a_mesh_of_any_shape_gives_what_one_device_gives(mesh, divergence):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
 
-def _module(mesh, chunk, n=512, v=96):
-    """Return the compiled module of loss and gradients, tokens spread over the batch axes."""
+def _compiled(mesh, chunk, n=512, v=96):
+    """Return loss and gradients as compiled, tokens spread over the batch axes, and what to call them with."""
     place, objective = placement(MeshConfig(**mesh)), ObjectiveConfig(0.3, 2.0, chunk_tokens=chunk)
 
     def loss(hidden, w, teacher, w_teacher, targets, ce, kd):
@@ -372,11 +403,12 @@ def _module(mesh, chunk, n=512, v=96):
         place.sharding(("batch",) + (None,) * (x.ndim - 1) if x.shape[0] == n else (None, None), x.shape)
         for x in problem
     ]
-    return jax.jit(jax.grad(loss, (0, 1)), in_shardings=where).lower(*problem).compile().as_text()
+    compiled = jax.jit(jax.grad(loss, (0, 1)), in_shardings=where).lower(*problem).compile()
+    return compiled, jax.device_put(problem, where)
 
 
 def _loops(module):
-    """Return (trip count, text of the body and all that it calls) of each loop in a compiled module."""
+    """Return the text of the body, and of all that it calls, of each loop in a compiled module."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", module, re.M | re.S))
 
     def whole(name, seen):
@@ -385,33 +417,36 @@ def _loops(module):
         seen.add(name)
         return bodies[name] + "".join(whole(n, seen) for n in re.findall(r"%([\w.\-]+)", bodies[name]))
 
-    found = re.findall(r"while\(.*?body=%?([\w.\-]+).*?\"known_trip_count\":\{\"n\":\"(\d+)\"", module)
-    return [(int(trips), whole(body, set())) for body, trips in found]
+    return [whole(body, set()) for body in re.findall(r"while\(.*?body=%?([\w.\-]+)", module)]
 
 
-def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens():
-    """512 tokens in chunks of 16 on 8 devices: 4 trips a device, nothing crosses devices inside, no [N, D] gathered."""
-    module = _module({"data": 8}, 16)
-    loops = _loops(module)
-    assert [trips for trips, _ in loops] == [512 // 8 // 16]
+def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks):
+    """512 tokens in chunks of 16 on 8 devices: 32 chunks are computed, and nothing crosses devices inside."""
+    compiled, problem = _compiled({"data": 8}, 16)
+    jax.block_until_ready(compiled(*problem))
+    jax.effects_barrier()
+    assert chunks == [16] * (512 // 16)
+    module = compiled.as_text()
     collective = r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-    assert not any(re.search(collective, body) for _, body in loops)
+    loops = _loops(module)
+    assert any(re.search(r"f32\[16,96\]", body) for body in loops)
+    assert not any(re.search(collective, body) for body in loops)
     assert re.search(r"all-reduce", module), "dW is summed once, after the loop"
     assert not re.search(r"all-gather", module) and not re.search(r"\[512,(16|24)\]", module)
 
 
 def test_a_vocabulary_on_eight_devices_sends_figures_of_tokens_alone():
     """Nothing is gathered; inside the loop each all-reduce is of one number a token, after it dh is summed once."""
-    module = _module({"data": 1, "tensor": 8}, 16, n=64)
+    module = _compiled({"data": 1, "tensor": 8}, 16, n=64)[0].as_text()
     collective = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    inside = [found for _, body in _loops(module) for found in re.findall(collective, body)]
+    inside = [found for body in _loops(module) for found in re.findall(collective, body)]
     assert inside and {kind for _, kind in inside} == {"all-reduce"}
     assert all(set(re.findall(r"\w+\[([\d,]*)\]", shapes)) <= {"16", ""} for shapes, _ in inside)
     assert {kind for _, kind in re.findall(collective, module)} == {"all-reduce"}
 
 
 def test_no_logits_of_all_tokens_exist():
-    module = _module({"data": 8}, 16, n=512, v=96)
+    module = _compiled({"data": 8}, 16, n=512, v=96)[0].as_text()
     assert re.search(r"f32\[16,96\]", module), "a chunk's logits"
     assert not re.search(r"\[(512|64),96\]", module), "nobody's tokens all at once"
 

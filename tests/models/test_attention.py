@@ -1,11 +1,12 @@
 """The mask of packed segments, and the kernel against a plain softmax in numpy."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from kdjax.models.attention import attend, see
-from kdjax.models.positions import rope_waves, rotate
 
 
 def test_the_mask_is_causal_within_segments():
@@ -19,14 +20,27 @@ def test_queries_stand_at_their_slot():
     np.testing.assert_array_equal(mask, np.array([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]], bool))
 
 
-def test_attend_is_softmax_over_what_is_seen():
+def test_a_window_is_what_lies_fewer_tokens_back():
+    sight = see(np.array([[1, 1, 1, 1]]), np.array([[1, 1, 1, 1]]))
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(sight.within(2).mask_B1TS[0, 0], np.array(expected, bool))
+    cached = see(np.array([[1]]), np.array([[1, 1, 1, 1, 0]]), first_slot=3).within(3)
+    np.testing.assert_array_equal(cached.mask_B1TS[0, 0], np.array([[0, 1, 1, 1, 0]], bool))
+
+
+@pytest.mark.parametrize(
+    ("window", "scale", "soft_cap"), [(9, None, None), (2, None, None), (9, 0.7, None), (9, None, 0.5), (3, 0.7, 0.5)]
+)
+def test_attend_is_softmax_over_what_is_seen(window, scale, soft_cap):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 5, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     segment = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
-    got = attend(jax.numpy.asarray(q), jax.numpy.asarray(k), jax.numpy.asarray(v), see(segment, segment))
+    sight = replace(see(segment, segment).within(window), scale=scale, soft_cap=soft_cap)
+    got = attend(jax.numpy.asarray(q), jax.numpy.asarray(k), jax.numpy.asarray(v), sight)
     for b, t, h in np.ndindex(2, 5, 4):
-        seen = [s for s in range(t + 1) if segment[b, s] == segment[b, t]]
-        scores = np.array([q[b, t, h] @ k[b, s, h // 2] / np.sqrt(8) for s in seen])
+        seen = [s for s in range(max(0, t - window + 1), t + 1) if segment[b, s] == segment[b, t]]
+        scores = np.array([q[b, t, h] @ k[b, s, h // 2] * (scale or 8**-0.5) for s in seen], np.float64)
+        scores = soft_cap * np.tanh(scores / soft_cap) if soft_cap else scores
         weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         expected = sum(w * v[b, s, h // 2] for w, s in zip(weights, seen, strict=True))
         np.testing.assert_allclose(got[b, t, h], expected, atol=1e-5)
@@ -46,7 +60,7 @@ def test_attend_is_softmax_over_what_is_seen():
 def test_cudnn_is_asked_for_only_on_a_gpu_and_where_it_can(monkeypatch, head_width, tokens, slots, dtype, taken):
     chosen = []
 
-    def noted(q, k, v, mask, implementation):
+    def noted(q, k, v, mask, scale, implementation):
         chosen.append(implementation)
         return q
 
@@ -58,14 +72,3 @@ def test_cudnn_is_asked_for_only_on_a_gpu_and_where_it_can(monkeypatch, head_wid
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attend(q, k, k, sight)
     assert chosen == ["xla", "cudnn" if taken else "xla"]
-
-
-def test_rotary_scores_depend_on_distance_alone():
-    rng = np.random.default_rng(1)
-    q, k = (np.broadcast_to(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 16)).astype(np.float32) for _ in range(2))
-    waves = rope_waves(np.arange(20)[None], 16, 10_000.0)
-    scores = np.asarray(rotate(q, waves))[0, :, 0] @ np.asarray(rotate(k, waves))[0, :, 0].T
-    for distance in range(-5, 6):
-        diagonal = np.diagonal(scores, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
-    assert abs(scores[0, 0] - scores[0, 7]) > 1e-2

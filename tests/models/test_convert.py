@@ -19,7 +19,7 @@ from kdjax.models import Model, ModelConfig, convert, export, open_model, select
 from kdjax.models.transformer import parameter_paths
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-TIED, UNTIED, GPT2 = (GOLDEN / name for name in ("llama_tied", "llama_untied", "gpt2"))
+TIED, UNTIED, GPT2, GEMMA2 = (GOLDEN / name for name in ("llama_tied", "llama_untied", "gpt2", "gemma2"))
 
 
 def whole(file):
@@ -42,7 +42,7 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("source", [TIED, UNTIED, GPT2], ids=lambda p: p.name)
+@pytest.mark.parametrize("source", [TIED, UNTIED, GPT2, GEMMA2], ids=lambda p: p.name)
 def test_any_part_reads_as_that_part_of_the_whole(source):
     rng = np.random.default_rng(0)
     for path, tensor in parameter_paths(open_model(str(source)).tensors).items():
@@ -286,6 +286,21 @@ def test_selected_layers_keep_their_order_and_the_rest():
     for keep in ((0, 3), (-1,), ()):
         with pytest.raises(UserError, match="wanted at least one, each from 0 to 2"):
             select_layers(file, keep)
+
+
+def test_selected_layers_keep_their_windows():
+    file = open_model(str(GEMMA2))
+    assert file.config.windows == (5, 0, 5)
+    assert select_layers(file, (1, 2)).config.windows == (0, 5)
+
+
+def test_scales_stored_as_their_distance_from_1_are_read_and_written_so(tmp_path):
+    file, stored = open_model(str(GEMMA2)), safetensors.numpy.load_file(GEMMA2 / "model.safetensors")
+    scale = whole(file)["layers"]["attention_after_norm"]["scale"]
+    np.testing.assert_array_equal(scale[1], 1 + stored["model.layers.1.post_attention_layernorm.weight"])
+    export(file.config, whole(file), tmp_path / "out", None)
+    for name, tensor in safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_allclose(tensor, stored[name], atol=1e-6, err_msg=name)
 
 
 def test_the_hash_sees_every_weight(tmp_path):

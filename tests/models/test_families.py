@@ -1,6 +1,7 @@
 """A config.json is read exactly, in both styles of transformers, or refused; never read wrongly."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from kdjax.errors import UserError
 from kdjax.models import Model, ModelConfig
+from kdjax.models.config import Rope
 from kdjax.models.family import sizes_of
 from kdjax.models.registry import FAMILIES, family_named
 from kdjax.models.transformer import parameter_paths
@@ -20,15 +22,62 @@ LLAMA = FAMILIES["llama"].config_from_hf(LLAMA_HF)
 GPT2 = FAMILIES["gpt2"].config_from_hf(GPT2_HF)
 
 
+QWEN2_HF = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
+QWEN3_HF = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
+QWEN2 = FAMILIES["qwen2"].config_from_hf(QWEN2_HF)
+QWEN3 = FAMILIES["qwen3"].config_from_hf(QWEN3_HF)
+GEMMA2_HF = json.loads((GOLDEN / "gemma2" / "config.json").read_text())
+GEMMA3_HF = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+MISTRAL_HF = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+GEMMA2 = FAMILIES["gemma2"].config_from_hf(GEMMA2_HF)
+GEMMA3 = FAMILIES["gemma3_text"].config_from_hf(GEMMA3_HF)
+MISTRAL = FAMILIES["mistral"].config_from_hf(MISTRAL_HF)
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 def without(hf, *keys):
     return {key: value for key, value in hf.items() if key not in keys}
 
 
 def test_both_styles_of_rope_are_read():
     version_4 = without(LLAMA_HF, "rope_parameters") | {"rope_theta": 50_000, "rope_scaling": None}
-    assert LLAMA.rope_theta == 50_000 and FAMILIES["llama"].config_from_hf(version_4) == LLAMA
+    assert LLAMA.rope == Rope(50_000) and FAMILIES["llama"].config_from_hf(version_4) == LLAMA
     neither = FAMILIES["llama"].config_from_hf(without(LLAMA_HF, "rope_parameters"))
-    assert neither.rope_theta == 10_000
+    assert neither.rope == Rope()
+
+
+def test_scaled_rope_is_read_in_both_styles():
+    read = FAMILIES["llama"].config_from_hf
+    stretched = LLAMA3_ROPE | {"original_max_position_embeddings": 16}
+    five = read(LLAMA_HF | {"rope_parameters": stretched | {"rope_theta": 5e5}})
+    four = read(without(LLAMA_HF, "rope_parameters") | {"rope_theta": 5e5, "rope_scaling": stretched})
+    assert five == four and five.rope == Rope(5e5, "llama3", 8.0, 16)
+    assert read(LLAMA_HF | {"rope_scaling": {"type": "linear", "factor": 2}}).rope == Rope(5e4, "linear", 2.0)
+    assert read(LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2}}).rope == Rope(5e4, "dynamic", 2.0, 64)
+    yarn = read(LLAMA_HF | {"rope_scaling": {"type": "yarn", "factor": 4.0}}).rope
+    assert (yarn.made_for, yarn.beta_slow, yarn.beta_fast) == (64, 1.0, 32.0)
+    assert yarn.attention_factor == pytest.approx(1 + 0.1 * math.log(4))
+
+
+def test_what_is_absent_in_a_qwen_is_not_what_it_is_in_a_llama():
+    bare = without(QWEN2_HF, "max_position_embeddings", "use_sliding_window", "layer_types")
+    config = FAMILIES["qwen2"].config_from_hf(bare | {"sliding_window": 4096})
+    assert config.max_positions == 32_768 and config.qkv_bias and not config.out_bias and not config.qk_norm
+    assert FAMILIES["qwen3"].config_from_hf(without(QWEN3_HF, "head_dim")).head_width == 128
+    biased = FAMILIES["qwen3"].config_from_hf(QWEN3_HF | {"attention_bias": True})
+    assert biased.qkv_bias and biased.out_bias and biased.qk_norm and not QWEN3.qkv_bias
+
+
+def test_windows_are_read_by_layer():
+    assert GEMMA2.windows == (5, 0, 5) and GEMMA3.windows == (5, 5, 0) and MISTRAL.windows == (5, 5, 5)
+    assert (GEMMA3.rope, GEMMA3.local_rope) == (Rope(1e3, "linear", 4.0), Rope(1e2))
+    absent = FAMILIES["gemma3_text"].config_from_hf(without(GEMMA3_HF, "layer_types") | {"num_hidden_layers": 7})
+    assert absent.windows == (5, 5, 5, 5, 5, 0, 5)
+    four = without(GEMMA3_HF, "rope_parameters") | {"rope_theta": 1e3, "rope_local_base_freq": 100}
+    four |= {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    assert FAMILIES["gemma3_text"].config_from_hf(four) == GEMMA3
+    assert FAMILIES["mistral"].config_from_hf(MISTRAL_HF | {"sliding_window": None}).windows == ()
+    assert FAMILIES["gemma2"].config_from_hf(GEMMA2_HF | {"attn_logit_softcapping": None}).attention_soft_cap is None
 
 
 def test_absent_keys_mean_what_transformers_means():
@@ -41,7 +90,23 @@ def test_absent_keys_mean_what_transformers_means():
     assert smallest.tie_head and smallest.activation == "gelu_tanh"
 
 
-@pytest.mark.parametrize("config", [LLAMA, replace(LLAMA, tie_head=True, mlp_bias=False), GPT2], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        replace(LLAMA, tie_head=True, mlp_bias=False),
+        *(replace(LLAMA, rope=Rope(9.0, scaling, 3.0)) for scaling in ("linear", "yarn", "llama3")),
+        replace(LLAMA, rope=Rope(9.0, "dynamic", 3.0, LLAMA.max_positions)),
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        MISTRAL,
+        replace(MISTRAL, windows=()),
+        GPT2,
+    ],
+    ids=str,
+)
 def test_what_is_written_reads_back(config):
     family = FAMILIES[config.family]
     assert family.config_from_hf(json.loads(json.dumps(family.config_to_hf(config)))) == config
@@ -50,8 +115,17 @@ def test_what_is_written_reads_back(config):
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        (LLAMA_HF | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling has rope_type 'linear'"),
-        (LLAMA_HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
+        (LLAMA_HF | {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling has rope_type 'longrope'"),
+        (LLAMA_HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        (LLAMA_HF | {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        (LLAMA_HF | {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_frequency 4.0 is not below"),
+        (LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "want at least 4"),
+        (LLAMA_HF | {"rope_parameters": {"rope_theta": 1.0}}, "rope.theta is 1.0; wanted more than 1"),
+        (GEMMA2_HF | {"layer_types": ["full_attention", "chunked", "full_attention"]}, "layer_types has 'chunked'"),
+        (GEMMA2_HF | {"layer_types": ["full_attention"]}, "layer_types names 1 layers; wanted 3"),
+        (GEMMA3_HF | {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (GEMMA2_HF | {"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0; wanted a positive number"),
+        (QWEN2_HF | {"use_sliding_window": True, "sliding_window": 16}, "sliding_window 16 is in force"),
         (LLAMA_HF | {"rope_parameters": 3}, "rope_parameters is 3; wanted an object"),
         (LLAMA_HF | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*wanted null"),
         (LLAMA_HF | {"sliding_window": 16}, "sliding_window 16 is in force"),
@@ -87,7 +161,11 @@ def test_a_window_longer_than_the_model_is_no_window():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("lama", "did you mean 'llama'"), ("bert", "known: gpt2, llama"), (None, "model_type is None")],
+    [
+        ("lama", "did you mean 'llama'"),
+        ("bert", "known: gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3"),
+        (None, "model_type is None"),
+    ],
 )
 def test_an_unknown_family_is_refused_by_name(name, message):
     with pytest.raises(UserError, match=message):
@@ -97,7 +175,15 @@ def test_an_unknown_family_is_refused_by_name(name, message):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_of_the_table_fits_its_parameter(name):
     """The table's letters give the parameter's shape, and every parameter the family can have is in it."""
-    config = {"llama": replace(LLAMA, max_positions=40), "gpt2": replace(GPT2, max_positions=40, tie_head=False)}[name]
+    config = {
+        "llama": replace(LLAMA, max_positions=40),
+        "qwen2": replace(QWEN2, max_positions=40, tie_head=False),
+        "qwen3": replace(QWEN3, max_positions=40, qkv_bias=True, out_bias=True),
+        "mistral": replace(MISTRAL, max_positions=40, tie_head=False),
+        "gemma2": replace(GEMMA2, max_positions=40, tie_head=False, qkv_bias=True, out_bias=True),
+        "gemma3_text": replace(GEMMA3, max_positions=40, tie_head=False, qkv_bias=True, out_bias=True),
+        "gpt2": replace(GPT2, max_positions=40, tie_head=False),
+    }[name]
     shapes = parameter_paths(jax.eval_shape(Model(config).init, jax.random.key(0)))
     assert shapes.keys() == FAMILIES[name].weights.keys()
     sizes = sizes_of(config)
@@ -113,6 +199,9 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
         ({"layers": 0}, "layers is 0; wanted at least 1"),
         ({"head_width": 15}, "head_width is 15"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"windows": (4,)}, r"windows is \(4,\); wanted 2, one for each layer"),
+        ({"windows": (4, -1)}, "each from 0"),
+        ({"attention_soft_cap": 0.0}, "attention_soft_cap is 0.0; wanted more than 0, or None"),
     ],
 )
 def test_an_impossible_architecture_is_refused(change, message):

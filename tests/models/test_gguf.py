@@ -61,7 +61,7 @@ def test_every_type_keeps_its_values_exactly(tmp_path, kind, error):
 def test_a_model_opened_from_the_file_has_its_heads_in_place(tmp_path, monkeypatch):
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path / "cache"))
     file = open_model(str(tiny_gguf.write(tmp_path / "t.gguf")))
-    assert (file.config.layers, file.config.rope_theta, file.config.tie_head) == (2, 50_000.0, True)
+    assert (file.config.layers, file.config.rope.theta, file.config.tie_head) == (2, 50_000.0, True)
     q_LDHK = file.tensors["layers"]["attention"]["q"]["kernel"].all()
     rows_QD = tiny_gguf.hf_weights()["model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(q_LDHK[1], rows_QD.T.reshape(64, 4, 16))

@@ -1,0 +1,36 @@
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama's layers, each of which may see a window only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kdjax.models import llama
+from kdjax.models.config import ModelConfig
+from kdjax.models.hf_windows import read_windows
+
+WEIGHTS = {path: weight for path, weight in llama.WEIGHTS.items() if "bias" not in path}
+
+DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
+"""What an absent key means where it is not what it means in a Llama."""
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Return the architecture that a config.json of model_type mistral describes."""
+    known = {
+        key: value for key, value in hf.items() if value is not None and key not in ("sliding_window", "layer_types")
+    }
+    config = llama.config_from_hf(DEFAULTS | known | {"attention_bias": False, "mlp_bias": False})
+    has_window = hf.get("sliding_window", 4096) is not None
+    windows = read_windows(hf, config.layers, lambda layer: has_window, 4096)
+    return replace(config, family="mistral", windows=windows)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
+    hf = llama.config_to_hf(config) | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    window = max(config.windows, default=0)
+    return {key: value for key, value in hf.items() if "bias" not in key} | {"sliding_window": window or None}
+
+
+MISTRAL = replace(llama.LLAMA, config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=WEIGHTS)
