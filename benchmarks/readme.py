@@ -1,4 +1,4 @@
-"""Puts what was measured into README.md and docs/losses.md, between markers, so that no figure there is ever typed.
+"""Puts what was measured into README.md and pages of docs, between markers, so that no figure there is ever typed.
 
 COMMAND: python -m benchmarks.readme          (--check changes nothing, and exits with 1 where a page differs)
 """
@@ -13,16 +13,18 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from benchmarks import harness, loss_compiled, loss_table
+from benchmarks import harness, loss_compiled, loss_table, models
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 LOSSES = ROOT / "docs" / "losses.md"
+MODELS = ROOT / "docs" / "models.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -138,20 +140,29 @@ LOSS_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of losses."""
 
+MODEL_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "models": lambda results: models.markdown(harness.read(results / "models.jsonl")),
+}
+"""The same for the page of models."""
 
-def render_losses(text: str, results: Path = RESULTS) -> str:
-    """Return the page of losses with the blocks made anew that it has markers for."""
-    for name, make in LOSS_BLOCKS.items():
+
+def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
+    """Return a page with the blocks made anew that it has markers for."""
+    for name, make in blocks.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         head, found, rest = text.partition(begin)
         if found and end not in rest:
-            sys.exit(f"{LOSSES.name} has {begin}, but no {end} after it")
+            sys.exit(f"a page has {begin}, but no {end} after it")
         if found:
             text = f"{head}{begin}\n{make(results)}\n{end}{rest.partition(end)[2]}"
     return text
 
 
-PAGES: dict[Path, Callable[[str], str]] = {README: render, LOSSES: render_losses}
+PAGES: dict[Path, Callable[[str], str]] = {
+    README: render,
+    LOSSES: partial(render_page, LOSS_BLOCKS),
+    MODELS: partial(render_page, MODEL_BLOCKS),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

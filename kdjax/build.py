@@ -145,7 +145,9 @@ def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | 
             raise UserError("keep_layers cuts layers out of a model, but source is 'random'; set architecture.layers")
         file = select_layers(file, spec.keep_layers)
         architecture, name = file.config, f"{name}, layers {','.join(map(str, spec.keep_layers))}"
-    return Named(Model(architecture, spec.dtype, spec.remat, layout=place.constrain), file, name)
+    return Named(
+        Model(architecture, spec.dtype, spec.remat, layout=place.constrain, dispatch=place.dispatch), file, name
+    )
 
 
 def build(config: Config) -> Job:

@@ -67,6 +67,9 @@ RULES = {
 }
 """The end of a parameter's path -> its rule; the first that fits counts."""
 
+STACKS = ("/layers/", "/experts/")
+"""Subtrees whose leaves have one more leading axis, over what is updated each for itself."""
+
 
 def optimizer(config: OptimConfig, total_steps: int, params_abstract: Any) -> optax.GradientTransformation:
     """Return the chain: clip by global norm, the core rule layer by layer, decoupled weight decay, schedule.
@@ -107,8 +110,9 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 def per_layer(core: optax.GradientTransformation) -> optax.GradientTransformation:
     """Return `core` made to see each layer of a stack alone: it is vmapped over the leading axis of each stack.
 
-    A stack is a subtree named "layers"; there may be several, of different depth. What `core` keeps for a parameter
-    must have a path that ends in the parameter's; such state is stacked too, all other state (counts) is not.
+    A stack is a subtree named as one of `STACKS`; there may be several, and one within another (the experts of a
+    layer), where each of the inner ones stands alone too. What `core` keeps for a parameter must have a path that ends
+    in the parameter's; such state is stacked too, all other state (counts) is not.
     """
 
     def init(params: Any) -> Any:
@@ -123,17 +127,18 @@ def per_layer(core: optax.GradientTransformation) -> optax.GradientTransformatio
 
 def _vmap_stacks(function: Callable, arguments: tuple, like_results: Any) -> Any:
     """Return function(*arguments), vmapped once for each stack; `like_results` has the paths of the results."""
-    names = (_name(path) for path, _ in jax.tree.leaves_with_path(arguments[0]))
-    stacks = sorted({name.partition("/layers/")[0] + "/layers/" for name in names if "/layers/" in name}, key=len)
+    names = [_name(path) for path, _ in jax.tree.leaves_with_path(arguments[0])]
+    stacks = {name.partition(stack)[0] + stack for name in names for stack in STACKS if stack in name}
 
     def axes(stack: str, tree: Any) -> Any:
         def axis(path: tuple, _: Any) -> int | None:
-            holding = [other for other in stacks if other in _name(path)]
-            return 0 if holding and holding[-1] == stack else None  # the longest: lora/student/ ends like student/
+            # The longest, and what it lies in: lora/student/layers/ ends like student/layers/ and is not in it.
+            holding = max((other for other in stacks if other in _name(path)), key=len, default="")
+            return 0 if holding.startswith(stack) else None
 
         return jax.tree.map_with_path(axis, tree)
 
-    for stack in stacks:
+    for stack in sorted(stacks, key=len, reverse=True):  # what lies in another is its inner axis
         function = jax.vmap(function, in_axes=axes(stack, arguments), out_axes=axes(stack, like_results))
     return function(*arguments)
 

@@ -23,6 +23,7 @@ DIMENSIONS = {
     "G": "key/value heads",
     "K": "width of a head",
     "F": "mlp width",
+    "E": "experts of a layer",
     "V": "vocabulary",
     "L": "layers",
     "N": "flattened rows (tokens)",

@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "tensor",
 }
 """Logical axis -> mesh axes; a logical axis without a row, or that does not divide, is replicated."""
 
@@ -44,7 +45,7 @@ class MeshConfig:
     fsdp: int = 1
     """Parameters split over devices that also have their own examples."""
     tensor: int = 1
-    """Heads, mlp and vocabulary split over devices that share examples."""
+    """Heads, mlp, experts and vocabulary split over devices that share examples."""
 
     def shape(self, devices: int) -> dict[str, int]:
         """Return the size of each mesh axis on so many devices.
@@ -184,6 +185,30 @@ class Placement:
                 function, axis_name="data", in_axes=(None, None, 0), out_axes=None, devices=list(self.mesh.devices.flat)
             )
         return jax.jit(function, out_shardings=self.replicated)
+
+    def dispatch(self, local: Callable[..., Any], x_BTD: Array, picks: Any, kernels: Any) -> Array:
+        """Return ``local(x_BTD, picks, kernels, number of the first one)`` added up over the devices of the experts.
+
+        The `dispatch` of `kdjax.models.Model`: each device takes its own rows through its own experts, whose kernels
+        have a leading E and are gathered over fsdp. Where E does not divide, every device has all of them.
+        """
+        if self.by == "pmap":
+            return local(x_BTD, picks, kernels, 0)
+        parts, experts = self.mesh.shape["tensor"], jax.tree.leaves(kernels)[0].shape[0]
+        tensor = "tensor" if parts > 1 and experts % parts == 0 else None
+        of_row = P(BATCH_AXES if x_BTD.shape[0] % self.batch_devices == 0 else None)
+
+        def run(x_BTD: Array, picks: Any, kernels: Any) -> Array:
+            if tensor is None:
+                return local(x_BTD, picks, kernels, 0)
+            first = jax.lax.axis_index(tensor) * (experts // parts)
+            return jax.lax.psum(local(x_BTD, picks, kernels, first), tensor)
+
+        # check_vma=False: as in shard_loss.
+        specs = (of_row, of_row, P(tensor))
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=of_row, check_vma=False)(
+            x_BTD, picks, kernels
+        )
 
     def shard_loss(self, local: Callable[..., Any], tokens: Any, heads: Any, shared: Any) -> Any:
         """Return ``local(axes, tokens, heads, shared)`` run by each device on its own tokens, heads gathered over fsdp.

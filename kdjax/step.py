@@ -87,7 +87,8 @@ def loss_sums(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the loss of a batch whose weights are used as they are, and its parts: sums, never means.
 
-    `token_weight` is that of each real token where a loss of inner layers goes by tokens and not by compared rows.
+    `token_weight` is that of each real token where a loss goes by tokens and not by compared rows: those of some inner
+    layers, and the load balance, which is of the batch as it is given here and counts by its real tokens.
     """
     features = recipe.objective.features
     output = recipe.model.apply(
@@ -105,6 +106,9 @@ def loss_sums(
         progress=progress,
         shard=recipe.shard,
     )
+    if _balances(recipe):
+        balance = output.aux["load_balance"] * jnp.sum(batch.student.segment_BT > 0) * token_weight
+        loss, parts = loss + recipe.objective.load_balance * balance, parts | {"load_balance": balance}
     if not features:
         return loss, parts
     sums = feature_sums(recipe, params, batch, output.taps, signal, token_weight)
@@ -170,7 +174,7 @@ def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tu
         return x if recipe.axis_name is None else lax.psum(x, recipe.axis_name)
 
     batch, weights = normalised(batch, total)
-    if any(not FEATURES[feature.kind].by_rows for feature in recipe.objective.features):
+    if _balances(recipe) or any(not FEATURES[feature.kind].by_rows for feature in recipe.objective.features):
         weights["real_tokens"] = total(jnp.sum(batch.student.segment_BT > 0).astype(jnp.float32))
     token_weight = 1 / jnp.maximum(weights.get("real_tokens", 1.0), 1.0)
     row_keys_B = _row_keys(recipe, state.step, batch.targets_BR.shape[0])
@@ -190,6 +194,10 @@ def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tu
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, parts | {"loss": loss}))
     (gradients, metrics), _ = lax.scan(add, start, microbatches)
     return jax.tree.map(total, gradients), jax.tree.map(total, metrics) | weights
+
+
+def _balances(recipe: Recipe) -> bool:
+    return bool(recipe.model.config.experts and recipe.objective.load_balance)
 
 
 def normalised(batch: Batch, total: Callable[[Array], Array]) -> tuple[Batch, dict[str, Array]]:

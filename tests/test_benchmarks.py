@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import harness, loss, loss_compiled, loss_table, peers, readme
+from benchmarks import harness, loss, loss_compiled, loss_table, models, peers, readme
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
@@ -30,6 +31,7 @@ from benchmarks.loss_cases import (
     with_and_without_dw,
 )
 from kdjax.losses import ObjectiveConfig
+from kdjax.models.registry import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SIZE = Size(12, 40, 5, 7)
@@ -216,20 +218,41 @@ def test_numbers_have_the_digits_one_reads(value, shown):
     assert loss_table._number(value) == shown
 
 
-def test_the_page_of_losses_is_filled_between_its_markers(tmp_path):
+def test_a_page_is_filled_between_its_markers(tmp_path):
     harness.append(tmp_path / "loss.jsonl", rows())
+    render = partial(readme.render_page, readme.LOSS_BLOCKS, results=tmp_path)
     text = "a\n<!-- loss table: begin -->\nold\n<!-- loss table: end -->\nb\n"
-    filled = readme.render_losses(text, tmp_path)
+    filled = render(text)
     assert "chunked" in filled and "old" not in filled and filled.startswith("a\n") and filled.endswith("\nb\n")
-    assert readme.render_losses(filled, tmp_path) == filled
-    assert readme.render_losses("no markers", tmp_path) == "no markers"
+    assert render(filled) == filled
+    assert render("no markers") == "no markers"
     with pytest.raises(SystemExit, match="no <!-- loss table: end"):
-        readme.render_losses("<!-- loss table: begin -->", tmp_path)
+        render("<!-- loss table: begin -->")
 
 
-def test_the_page_of_losses_shows_what_was_measured():
-    text = readme.LOSSES.read_text() if readme.LOSSES.exists() else ""
-    assert readme.render_losses(text) == text, "run python -m benchmarks.readme"
+@pytest.mark.parametrize("page", [readme.LOSSES, readme.MODELS], ids=lambda page: page.name)
+def test_the_pages_show_what_was_measured(page):
+    text = page.read_text()
+    assert readme.PAGES[page](text) == text, "run python -m benchmarks.readme"
+
+
+def test_every_family_has_its_row_of_what_it_can_do():
+    rows = harness.read(models.RESULTS)
+    assert {row["family"] for row in rows} == FAMILIES.keys()
+    for row in rows:
+        assert max(row["import_error"], row["packed_error"], row["export_error"]) < 1e-5 and row["greedy_equal"]
+        assert row["kl_after"] < 0.5 * row["kl_before"]
+
+
+def test_a_model_is_read_run_and_distilled(monkeypatch):
+    """One row made anew: what transformers is not there to say is left out, and the rest is as the tests have it."""
+    monkeypatch.setattr(models, "STEPS", 20)
+    monkeypatch.setattr(models, "export_error", lambda *_: None)
+    row = models.measure(models.GOLDEN / "llama_tied")
+    assert row["family"] == "llama" and row["import_error"] < 1e-5 and row["packed_error"] < 1e-5
+    assert row["greedy_equal"] and row["kl_after"] < row["kl_before"]
+    here = {"environment": {"device": "cpu", "platform": "cpu", "jax": "1.2"}}
+    assert "| `llama` | llama_tied | " in models.markdown([row | here]) and "| – |" in models.markdown([row | here])
 
 
 def test_a_compiled_loss_is_shown_by_its_last_run():

@@ -28,6 +28,7 @@ LAYER = {
     },
     "mlp_norm": {"scale": (128,)},
     "mlp": {"up": {"kernel": (128, 152)}},
+    "experts": {"up": {"kernel": (2, 128, 136)}},
 }
 SHAPES = {
     "student": {
@@ -61,6 +62,8 @@ def unstack(tree):
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
         leaf = np.asarray(leaf)
         layers = {f"{name}#{i}": layer for i, layer in enumerate(leaf)} if "/layers/" in name else {name: leaf}
+        if "/experts/" in name:
+            layers = {f"{key}#{i}": expert for key, layer in layers.items() for i, expert in enumerate(layer)}
         for key, layer in layers.items():
             if "out/kernel" in name:
                 flat[key] = layer.reshape(-1, layer.shape[-1])

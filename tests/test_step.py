@@ -16,6 +16,7 @@ from kdjax.evaluate import sums_of
 from kdjax.losses import Feature, ObjectiveConfig
 from kdjax.losses.features import tapped
 from kdjax.models import Model, ModelConfig
+from kdjax.models.experts import here
 from kdjax.models.layers import anywhere
 from kdjax.shapes import Batch, View
 from kdjax.sharding import MeshConfig, placement
@@ -25,6 +26,7 @@ from kdjax.teacher import live_teacher, no_teacher
 B, T, V = 16, 14, 96
 STUDENT = ModelConfig(vocab_size=V, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=48)
 TEACHER = ModelConfig(vocab_size=V, width=24, layers=3, heads=2, kv_heads=2, head_width=12, mlp_width=32)
+MOE = replace(STUDENT, experts=4, experts_per_token=2)
 OBJECTIVE = ObjectiveConfig(alpha=0.3, temperature=2.0, chunk_tokens=8)
 INNER = replace(
     OBJECTIVE,
@@ -80,10 +82,10 @@ def _recipe(
     place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True, objective=OBJECTIVE, teacher=TEACHER
 ):
     place = place or placement(MeshConfig(data=1), jax.devices()[:1])
-    teacher = Model(teacher, layout=place.constrain)
+    teacher = Model(teacher, layout=place.constrain, dispatch=place.dispatch)
     widths = (student.width, teacher.config.width)
     return Recipe(
-        model=Model(student, layout=place.constrain),
+        model=Model(student, layout=place.constrain, dispatch=place.dispatch),
         objective=objective,
         optimizer=optimizer or optax.sgd(0.5),
         signal_of=live_teacher(teacher, tapped(objective.features, 1)) if with_teacher else no_teacher,
@@ -102,7 +104,7 @@ def _init(model, seed):
 def _start(recipe, place):
     """Return state and frozen trees, each where it belongs."""
     teacher = Model(TEACHER)
-    state = init_state(recipe, _init(replace(recipe.model, layout=anywhere), 1))
+    state = init_state(recipe, _init(replace(recipe.model, layout=anywhere, dispatch=here), 1))
     frozen = {"teacher": _init(teacher, 2)}
     where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
     frozen_where = place.state_shardings(frozen, {"teacher": teacher.logical_axes()})
@@ -163,6 +165,39 @@ def test_trap_4_losses_of_inner_layers_add_up_likewise(name, alone_with_inner_la
     start = init_state(_recipe(objective=INNER), _init(Model(STUDENT), 1)).params["projections"]
     moved = [np.abs(params["projections"][name]["kernel"] - start[name]["kernel"]).max() for name in PROJECTIONS]
     assert min(moved) > 1e-4, "projections are trained"
+
+
+@pytest.fixture(scope="module")
+def alone_with_experts():
+    batches = [_uneven_batch(0), _uneven_batch(1)]
+    return {
+        weight: _run({"data": 1}, 1, batches, MOE, jax.devices()[:1], replace(OBJECTIVE, load_balance=weight))
+        for weight in (0.0, 0.1)
+    }
+
+
+@pytest.mark.parametrize("name", _placements(PLACES, ("data 2, fsdp 2, tensor 2",)))
+def test_trap_4_experts_lie_anywhere(name, alone_with_experts):
+    """The load balance is one number of a microbatch (under pmap, of a device): left out where there are more."""
+    mesh, microbatches = PLACES[name]
+    weight = 0.0 if microbatches > 1 or "placement" in mesh else 0.1
+    batches, objective = [_uneven_batch(0), _uneven_batch(1)], replace(OBJECTIVE, load_balance=weight)
+    logged, params = _run(mesh, microbatches, batches, MOE, objective=objective)
+    _close((logged, params), alone_with_experts[weight])
+    assert ("load_balance" in logged[0]) == bool(weight)
+
+
+def test_the_load_balance_of_microbatches_counts_by_their_real_tokens():
+    batch, objective = _uneven_batch(), replace(OBJECTIVE, load_balance=0.1)
+    recipe = _recipe(student=MOE, objective=objective, microbatches=2)
+    _, metrics = _gradient(recipe, batch)
+    halves = [jax.tree.map(lambda x, a=a: x[a::2], batch) for a in range(2)]
+    each = [_gradient(replace(recipe, microbatches=1), half)[1] for half in halves]
+    real = [(half.student.segment_BT > 0).sum() for half in halves]
+    wanted = sum(n * float(one["load_balance"]) for n, one in zip(real, each, strict=True)) / sum(real)
+    np.testing.assert_allclose(float(metrics["load_balance"]), wanted, rtol=1e-5)
+    without = _gradient(replace(recipe, objective=OBJECTIVE), batch)[1]["loss"]
+    np.testing.assert_allclose(metrics["loss"] - without, (0.1 - 0.001) * wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["data 2, fsdp 2, tensor 2", "pmap, 2 microbatches"])

@@ -78,6 +78,9 @@ class ObjectiveConfig:
     z_loss: float = 0.0
     """Weight of (log Σ exp of the student's logits)², which keeps logits from drifting, beside the cross entropy and
     under alpha like it; 1e-4 is common."""
+    load_balance: float = 0.001
+    """Weight of the loss that keeps a student's router using all its experts alike, by microbatch (and by device under
+    pmap); a student without experts has none."""
     chunk_mib: int = 0
     """Memory in MiB that auto gives to one chunk's logits and their gradients; 0: 1024 on a CPU, 2048 elsewhere."""
     implementation: Literal["chunked", "reference"] = "chunked"
@@ -96,6 +99,8 @@ class ObjectiveConfig:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; wanted a share from 0 to below 1")
         if not self.z_loss >= 0:
             raise UserError(f"objective.z_loss is {self.z_loss}; wanted at least 0")
+        if not self.load_balance >= 0:
+            raise UserError(f"objective.load_balance is {self.load_balance}; wanted at least 0")
         if self.chunk_mib < 0:
             raise UserError(f"objective.chunk_mib is {self.chunk_mib}; wanted MiB, or 0 for the device's default")
         single = self._single  # built here, so that what is wrong with it is said now

@@ -11,6 +11,10 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 
 
+MOST = 10_000
+"""Layers of a model, and experts of a layer; what asks for more is damaged."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions, and how they were stretched for texts longer than those that the model was made for."""
@@ -35,6 +39,8 @@ class Rope:
     """yarn: whether the two bounds are moved outwards to whole waves."""
     attention_factor: float = 1.0
     """yarn: what queries and keys are multiplied by."""
+    share: float = 1.0
+    """How much of a head's width is rotated, from the first dimension on."""
 
     def __post_init__(self) -> None:
         """Check what no angles can be made from."""
@@ -43,10 +49,16 @@ class Rope:
         for name in ("factor", "made_for", "beta_slow", "beta_fast", "attention_factor"):
             if not getattr(self, name) > 0:
                 raise UserError(f"rope.{name} is {getattr(self, name)}; wanted more than 0")
+        if not 0 < self.share <= 1:
+            raise UserError(f"rope.share is {self.share}; wanted more than 0, up to 1")
         if not self.low_frequency < self.high_frequency:
             raise UserError(
                 f"rope.low_frequency {self.low_frequency} is not below high_frequency {self.high_frequency}"
             )
+
+    def width(self, head_width: int) -> int:
+        """Return how many of a head's dimensions are rotated."""
+        return int(head_width * self.share)
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norms: Literal["before", "after", "both"] = "before"
     """Where attention and mlp are normalised: their input, their output, or both."""
+    parallel: bool = False
+    """Attention and mlp read the same text, and both are added to it at once."""
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
     positions: Literal["rope", "learned"] = "rope"
     rope: Rope = Rope()
+    unrotated: tuple[int, ...] = ()
+    """Layers, counted from 0, whose queries and keys are left unrotated: they know no positions."""
     windows: tuple[int, ...] = ()
     """How many tokens each layer sees, itself counted; 0 is all. Empty: all layers see all."""
     local_rope: Rope | None = None
@@ -84,8 +100,14 @@ class ModelConfig:
     out_bias: bool = False
     """A bias on the attention's output projection."""
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """Normalise queries and keys over the head width, before they are rotated."""
+    qk_norm: Literal["none", "head", "heads"] = "none"
+    """Over what queries and keys are normalised before they are rotated: each head's width, or all heads at once."""
+    experts: int = 0
+    """How many mlps of `mlp_width` a layer has, each token going through the few that a router picks; 0: one mlp."""
+    experts_per_token: int = 2
+    """How many the router picks."""
+    normalise_picks: bool = True
+    """Divide the probabilities of a token's experts by their sum."""
     tie_head: bool = True
     """The head is the transposed embedding."""
     head_soft_cap: float | None = None
@@ -101,12 +123,23 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        for name in ("layers", "experts"):
+            if getattr(self, name) > MOST:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted at most {MOST:,}")
         if self.heads % self.kv_heads:
             raise UserError(f"heads {self.heads} does not divide by kv_heads {self.kv_heads}")
-        if self.positions == "rope" and self.head_width % 2:
-            raise UserError(f"head_width is {self.head_width}; rotary positions want an even one")
-        if self.positions == "rope" and self.rope.scaling == "dynamic" and self.head_width < 4:
-            raise UserError(f"head_width is {self.head_width}; dynamically scaled rotary positions want at least 4")
+        rotated, least = self.rope.width(self.head_width), 4 if self.rope.scaling == "dynamic" else 2
+        if self.positions == "rope" and (rotated % 2 or rotated < least):
+            raise UserError(
+                f"head_width is {self.head_width}, of which {rotated} are rotated; wanted an even number from {least}"
+            )
+        if not all(0 <= layer < self.layers for layer in self.unrotated):
+            raise UserError(f"unrotated is {self.unrotated}; wanted layers from 0 to {self.layers - 1}")
+        if self.experts < 0 or (self.experts and not 1 <= self.experts_per_token <= self.experts):
+            raise UserError(
+                f"experts is {self.experts} and experts_per_token {self.experts_per_token}; "
+                "wanted from 1 to experts, or no experts"
+            )
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise UserError(f"windows is {self.windows}; wanted {self.layers}, one for each layer, each from 0")
         for name in ("attention_scale", "attention_soft_cap", "head_soft_cap"):

@@ -17,7 +17,7 @@ import tokenizers
 from kdjax.errors import UserError
 from kdjax.models import files
 from kdjax.models.config import DType, ModelConfig
-from kdjax.models.family import Family, Weight, sizes_of
+from kdjax.models.family import Family, sizes_of, to_disk
 from kdjax.models.model_file import Index, LazyTensor, ModelFile, lazy, stacked
 from kdjax.models.registry import family_named
 from kdjax.models.transformer import Model, parameter_paths, path_text
@@ -65,24 +65,36 @@ def open_directory(directory: Path) -> ModelFile:
 def _tensors(directory: Path, family: Family, config: ModelConfig) -> dict[str, Any]:
     """Return the tree of lazy tensors, every tensor on disk accounted for."""
     sizes, on_disk = sizes_of(config), _mapped(directory)
-    if config.layers > len(on_disk):
+    if config.layers * max(1, config.experts) > len(on_disk):
+        experts = f" of {config.experts} experts" if config.experts else ""
         raise UserError(
-            f"{directory} has {len(on_disk)} tensors, too few for the {config.layers} layers of config.json"
+            f"{directory} has {len(on_disk)} tensors, too few for the {config.layers} layers{experts} of config.json"
         )
     shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
     weights = {path: family.weights[path] for path in parameter_paths(shapes)}
-    found = _match(directory, family, on_disk, {name for w in weights.values() for name in w.names(config.layers)})
+    names = {path: weight.names(sizes) for path, weight in weights.items()}
+    found = _match(directory, family, on_disk, {name for of_path in names.values() for name in of_path.values()})
 
-    def leaf(path: str, weight: Weight) -> LazyTensor:
-        tensors = [found[name] for name in weight.names(config.layers)]
-        for name, tensor in zip(weight.names(config.layers), tensors, strict=True):
-            wanted = weight.disk_shape(sizes)
+    def leaf(path: str) -> LazyTensor:
+        weight, parts = weights[path], {}
+        for index, name in names[path].items():
+            tensor, wanted = found[name], weight.disk_shape(sizes)
             if tensor.shape != wanted:
                 raise UserError(f"{directory}: {name} has shape {tensor.shape}; its config.json says {wanted}")
-        parts = [lazy(weight.from_disk(tensor, sizes)) for tensor in tensors]
-        return stacked(parts) if path.startswith("layers/") else parts[0]
+            parts[index] = lazy(weight.from_disk(tensor, sizes))
+        return _put_together(parts)
 
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaf(path_text(path), weights[path_text(path)]), shapes)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaf(path_text(path)), shapes)
+
+
+def _put_together(parts: dict[tuple[int, ...], LazyTensor]) -> LazyTensor:
+    """Return one tensor of parts by their index in its leading axes, in order."""
+    if () in parts:
+        return parts[()]
+    rows: dict[int, dict[tuple[int, ...], LazyTensor]] = {}
+    for (first, *rest), part in parts.items():
+        rows.setdefault(first, {})[tuple(rest)] = part
+    return stacked([_put_together(row) for row in rows.values()])
 
 
 def _match(directory: Path, family: Family, on_disk: dict[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:
@@ -197,23 +209,22 @@ def disk_tensors(family: Family, config: ModelConfig, params: dict[str, Any]) ->
         leaf = leaves[path]
         return leaf.all() if isinstance(leaf, LazyTensor) else np.asarray(leaf)
 
-    def tensor(paths: list[str], layer: int) -> LazyTensor:
-        weight = family.weights[paths[0]]
+    def tensor(paths: list[str], part: tuple[int, ...]) -> LazyTensor:
+        fused = [family.weights[path] for path in paths]
 
         def read(index: Index) -> np.ndarray:
-            parts = [whole(path)[layer] if path.startswith("layers/") else whole(path) for path in paths]
-            return weight.to_disk(parts, sizes)[index]
+            return to_disk(fused, [whole(path)[part] for path in paths], sizes)[index]
 
-        return LazyTensor(weight.disk_shape(sizes), read)
+        return LazyTensor(fused[0].disk_shape(sizes), read)
 
     together: dict[str, list[str]] = {}
     for path, weight in family.weights.items():
         if path in leaves:
             together.setdefault(weight.name, []).append(path)
     return {
-        name: tensor(paths, layer)
+        name: tensor(paths, part)
         for paths in together.values()
-        for layer, name in enumerate(family.weights[paths[0]].names(config.layers))
+        for part, name in family.weights[paths[0]].names(sizes).items()
     }
 
 

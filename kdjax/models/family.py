@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ class Weight:
     times head width and whose columns are the model width; our parameter has the axes D, H, K.
 
     Attributes:
-        name: the tensor's name, ``{}`` standing for the layer.
-        disk: the dimensions on disk, each one letter, or several joined to one; ``3`` counts the parts fused into it.
-        ours: the letters of our parameter, without the leading L.
+        name: the tensor's name, a first ``{}`` standing for the layer and a second for the expert.
+        disk: the dimensions on disk, each one letter, or several joined to one; ``3`` counts the parts fused into it,
+            ``HK+GK+GK`` are parts fused one after the other.
+        ours: the letters of our parameter, without a leading L or LE.
         part: which of the fused parts this is.
         less: what the tensor on disk is smaller by, as scales of norms that are stored as their distance from 1.
     """
@@ -34,36 +36,69 @@ class Weight:
     part: int | None = None
     less: float = 0.0
 
-    def names(self, layers: int) -> list[str]:
-        """Return the tensor's name in each of so many layers, or the one name."""
-        return [self.name.format(layer) for layer in range(layers)] if "{}" in self.name else [self.name]
+    def names(self, sizes: dict[str, int]) -> dict[tuple[int, ...], str]:
+        """Return the names of the tensors by what they are of our parameter: all, a layer, or a layer's expert."""
+        counts = [range(sizes[letter]) for letter in "LE"[: self.name.count("{}")]]
+        return {index: self.name.format(*index) for index in itertools.product(*counts)}
 
     def disk_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the tensor's shape on disk."""
-        return tuple(math.prod(sizes[letter] for letter in group) for group in self.disk.split(","))
+        return tuple(sum(_sizes(group, sizes)) for group in self.disk.split(","))
 
     def from_disk(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
         """Return our parameter, of one layer: a view of the tensor on disk where that is the same numbers."""
+        for axis, group in enumerate(self.disk.split(",")):
+            if "+" in group:
+                ends = list(itertools.accumulate(_sizes(group, sizes)))
+                tensor = np.split(tensor, ends[:-1], axis=axis)[self.part or 0]
         whole = tensor.reshape([sizes[letter] for letter in self._axes])
-        if self.part is not None:
+        if "3" in self._axes:
             whole = np.moveaxis(whole, self._axes.index("3"), 0)[self.part]
         whole = whole.transpose([self._own_axes.index(letter) for letter in self.ours])
         return whole.astype(np.float32) + np.float32(self.less) if self.less else whole
 
-    def to_disk(self, parts: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
-        """Return the tensor on disk made of our parameter of one layer, or of all those that are fused into it."""
-        laid = [part.transpose([self.ours.index(letter) for letter in self._own_axes]) for part in parts]
-        whole = laid[0] if self.part is None else np.stack(laid, axis=self._axes.index("3"))
-        whole = whole - np.float32(self.less) if self.less else whole
-        return whole.reshape(self.disk_shape(sizes))
+    def laid(self, parameter: np.ndarray) -> np.ndarray:
+        """Return our parameter, of one layer, with its axes in the order and with the numbers that it has on disk."""
+        whole = parameter.transpose([self.ours.index(letter) for letter in self._own_axes])
+        return whole - np.float32(self.less) if self.less else whole
 
     @property
     def _axes(self) -> str:
-        return self.disk.replace(",", "")
+        """The letters on disk, of what is fused only this part's."""
+        groups = (group.split("+") for group in self.disk.split(","))
+        return "".join(parts[(self.part or 0) % len(parts)] for parts in groups)
 
     @property
     def _own_axes(self) -> str:
         return self._axes.replace("3", "")
+
+
+def _sizes(group: str, sizes: dict[str, int]) -> list[int]:
+    """Return the sizes of what is fused to one dimension on disk."""
+    return [math.prod(sizes[letter] for letter in part) for part in group.split("+")]
+
+
+def to_disk(weights: Sequence[Weight], parameters: Sequence[np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+    """Return the tensor on disk made of our parameter of a layer, or of all those that are fused into it, in order."""
+    first, shape = weights[0], weights[0].disk_shape(sizes)
+    laid = [weight.laid(parameter) for weight, parameter in zip(weights, parameters, strict=True)]
+    if "3" in first.disk:
+        return np.stack(laid, axis=first._axes.index("3")).reshape(shape)
+    groups = first.disk.split(",")
+    axis = next((axis for axis, group in enumerate(groups) if "+" in group), 0)
+    flat = [part.reshape([-1 if at == axis else size for at, size in enumerate(shape)]) for part in laid]
+    return np.concatenate(flat, axis=axis) if len(flat) > 1 else flat[0]
+
+
+def expert_weights(block: str, *, gate: str, up: str, down: str) -> dict[str, Weight]:
+    """Return where the router's and the experts' weights lie, below `block` and by these names of their matrices."""
+    expert = block + "experts.{}."
+    return {
+        "layers/router/kernel": Weight(block + "gate.weight", "E,D", "DE"),
+        "layers/experts/gate/kernel": Weight(f"{expert}{gate}.weight", "F,D", "DF"),
+        "layers/experts/up/kernel": Weight(f"{expert}{up}.weight", "F,D", "DF"),
+        "layers/experts/down/kernel": Weight(f"{expert}{down}.weight", "D,F", "FD"),
+    }
 
 
 @dataclass(frozen=True)
@@ -96,6 +131,8 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "F": config.mlp_width,
         "V": config.vocab_size,
         "T": config.max_positions,
+        "L": config.layers,
+        "E": config.experts,
         "3": 3,
     }
 

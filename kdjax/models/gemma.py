@@ -91,7 +91,7 @@ def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
         max_positions=max_positions,
         rope=rope,
         local_rope=local_rope,
-        qk_norm=True,
+        qk_norm="head",
         attention_soft_cap=_cap(hf, "attn_logit_softcapping", None),
         head_soft_cap=_cap(hf, "final_logit_softcapping", None),
     )

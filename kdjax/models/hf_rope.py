@@ -11,12 +11,13 @@ from kdjax.models.config import Rope
 from kdjax.models.family import read, refuse_others
 
 
-def read_rope(hf: dict[str, Any], max_positions: int) -> Rope:
+def read_rope(hf: dict[str, Any], max_positions: int, share: float | None = None) -> Rope:
     """Return the rotary positions of a config.json.
 
     Args:
         hf: the config.json; `rope_scaling` is version 4's, beside `rope_theta`, and `rope_parameters` version 5's.
         max_positions: what an absent original_max_position_embeddings means.
+        share: what an absent partial_rotary_factor means; None where a family rotates the whole width always.
 
     Raises:
         UserError: a kind of scaling that is not computed here, or one of its numbers is missing or out of range.
@@ -29,13 +30,15 @@ def read_rope(hf: dict[str, Any], max_positions: int) -> Rope:
     if kind not in ("default", *MORE):
         wanted = ", ".join(("default", *MORE))
         raise UserError(f"{key} has rope_type {kind!r}, which kdjax does not compute; wanted one of {wanted}")
-    refuse_others(given, {"partial_rotary_factor": (None, 1, 1.0)})
     parameters = hf.get("rope_parameters")
     beside = parameters if isinstance(parameters, dict) and "rope_theta" in parameters else hf
     theta = read(given if "rope_theta" in given else beside, "rope_theta", float, 10_000.0)
+    if share is None:
+        refuse_others(given, {"partial_rotary_factor": (None, 1, 1.0)})
+    rotated: float = read(given, "partial_rotary_factor", float, share or 1.0)
     if kind == "default":
-        return Rope(theta)
-    return Rope(theta, kind, read(given, "factor", float), **MORE[kind](given, max_positions))
+        return Rope(theta, share=rotated)
+    return Rope(theta, kind, read(given, "factor", float), share=rotated, **MORE[kind](given, max_positions))
 
 
 ORIGINAL = "original_max_position_embeddings"

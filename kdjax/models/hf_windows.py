@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kdjax.errors import UserError
+from kdjax.models.config import MOST
 from kdjax.models.family import read
 
 KINDS = ("full_attention", "sliding_attention")
@@ -23,6 +24,8 @@ def read_windows(hf: dict[str, Any], layers: int, slides: Callable[[int], bool],
     Raises:
         UserError: layer_types names another kind of layer, or not one for each.
     """
+    if layers > MOST:
+        raise UserError(f"num_hidden_layers is {layers}; wanted at most {MOST:,}")
     types = read(hf, "layer_types", list, [KINDS[slides(layer)] for layer in range(layers)])
     unknown = [kind for kind in types if kind not in KINDS]
     if unknown:

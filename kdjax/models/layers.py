@@ -98,16 +98,19 @@ class Norm(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    over: int = 1
+    """How many of the last dimensions are normalised as one."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return x normalised over its last dimension, computed in float32."""
-        dims, dtype = ((None, x.shape[-1]),), self.dtype
+        """Return x normalised over its last dimensions, computed in float32."""
+        last, dtype = tuple(range(-self.over, 0)), self.dtype
+        dims = tuple((None, x.shape[axis]) for axis in last)
         scale, x = parameter(self, "scale", nn.initializers.ones, dims).astype(jnp.float32), x.astype(jnp.float32)
-        leading = tuple(range(x.ndim - 1))
+        leading = tuple(range(x.ndim - self.over))
         if self.config.norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
+            x = x - x.mean(last, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(last, keepdims=True) + self.config.norm_eps)
         x = x * jnp.expand_dims(scale, leading)
         if self.config.norm == "layer":
             bias = parameter(self, "bias", nn.initializers.zeros, dims).astype(jnp.float32)

@@ -1,4 +1,6 @@
-"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama's layers, each of which may see a window only."""
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama's layers, each of which may see a window only; and Mixtral
+(Jiang et al. 2024, arXiv:2401.04088): the same with experts for mlps.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,14 @@ from typing import Any
 
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
+from kdjax.models.family import expert_weights, read
 from kdjax.models.hf_windows import read_windows
 
 WEIGHTS = {path: weight for path, weight in llama.WEIGHTS.items() if "bias" not in path}
+
+MIXTRAL_WEIGHTS = {path: weight for path, weight in WEIGHTS.items() if "/mlp/" not in path} | expert_weights(
+    "model.layers.{}.block_sparse_moe.", gate="w1", up="w3", down="w2"
+)
 
 DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
 """What an absent key means where it is not what it means in a Llama."""
@@ -33,4 +40,26 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in hf.items() if "bias" not in key} | {"sliding_window": window or None}
 
 
+def mixtral_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Return the architecture that a config.json of model_type mixtral describes."""
+    theta = {} if hf.get("rope_parameters") else {"rope_theta": read(hf, "rope_theta", float, 1e6)}
+    return replace(
+        config_from_hf({"rms_norm_eps": 1e-5} | hf | theta | {"sliding_window": hf.get("sliding_window")}),
+        family="mixtral",
+        experts=read(hf, "num_local_experts", int, 8),
+        experts_per_token=read(hf, "num_experts_per_tok", int, 2),
+    )
+
+
+def mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
+    return config_to_hf(config) | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token,
+    }
+
+
 MISTRAL = replace(llama.LLAMA, config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=WEIGHTS)
+MIXTRAL = replace(llama.LLAMA, config_from_hf=mixtral_from_hf, config_to_hf=mixtral_to_hf, weights=MIXTRAL_WEIGHTS)

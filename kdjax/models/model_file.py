@@ -108,7 +108,9 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
 
     tensors = file.tensors | {"layers": jax.tree.map(selected, file.tensors["layers"])}
     windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
-    return replace(file, config=replace(file.config, layers=len(keep), windows=windows), tensors=tensors)
+    unrotated = tuple(place for place, layer in enumerate(keep) if layer in file.config.unrotated)
+    config = replace(file.config, layers=len(keep), windows=windows, unrotated=unrotated)
+    return replace(file, config=config, tensors=tensors)
 
 
 def _layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:

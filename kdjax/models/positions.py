@@ -15,19 +15,25 @@ def rope_waves(position_BT: Array, segment_BT: Array, head_width: int, rope: Rop
     """Return cosine and sine of every rotary angle, float32, [B, T, 1, K/2]: one axis kept for the heads.
 
     Angle j at position t is ``t · theta^(-2j/K)``, its frequency scaled as a row of `SCALINGS` says; both waves are
-    multiplied by `rope.attention_factor`. Paper: Su et al. 2021, RoFormer, arXiv:2104.09864, eq. 15.
+    multiplied by `rope.attention_factor`. K is the part of the head's width that is rotated.
+    Paper: Su et al. 2021, RoFormer, arXiv:2104.09864, eq. 15.
     """
-    exponent = -jnp.arange(0, head_width, 2, dtype=jnp.float32)[None, None] / head_width
+    rotated = rope.width(head_width)
+    exponent = -jnp.arange(0, rotated, 2, dtype=jnp.float32)[None, None] / rotated
     frequency = SCALINGS[rope.scaling](rope, exponent, _length(position_BT, segment_BT)[:, :, None])
     angle = position_BT[:, :, None].astype(jnp.float32) * frequency
     return rope.attention_factor * jnp.cos(angle)[:, :, None], rope.attention_factor * jnp.sin(angle)[:, :, None]
 
 
 def rotate(x_BTHK: Array, waves: tuple[Array, Array]) -> Array:
-    """Return queries or keys turned by their positions, in their own dtype; dimension j is paired with j + K/2."""
+    """Return queries or keys turned by their positions, in their own dtype; dimension j is paired with j + K/2.
+
+    What there is beyond the width that the waves are for is left as it is.
+    """
     cos, sin = waves
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x_BTHK.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTHK.dtype)
 
 

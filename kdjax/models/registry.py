@@ -7,17 +7,27 @@ from kdjax.models.family import Family
 from kdjax.models.gemma import GEMMA2, GEMMA3
 from kdjax.models.gpt2 import GPT2
 from kdjax.models.llama import LLAMA
-from kdjax.models.mistral import MISTRAL
-from kdjax.models.qwen import QWEN2, QWEN3
+from kdjax.models.mistral import MISTRAL, MIXTRAL
+from kdjax.models.neox import NEOX
+from kdjax.models.olmo import OLMO2
+from kdjax.models.phi import PHI3
+from kdjax.models.qwen import QWEN2, QWEN3, QWEN3_MOE
+from kdjax.models.smollm import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "gpt2": GPT2,
+    "gpt_neox": NEOX,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "smollm3": SMOLLM3,
 }
 """``model_type`` of a config.json -> family."""
 

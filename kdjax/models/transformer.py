@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models.attention import Attention, Cache, Sight, attend, see
 from kdjax.models.config import DType, ModelConfig, Remat
+from kdjax.models.experts import Dispatch, Experts, here
 from kdjax.models.layers import Embedding, Layout, Linear, Mlp, Norm, anywhere, branch_std, dropout
 from kdjax.models.positions import rope_waves, rotate
 from kdjax.shapes import Array, Head, Output, View
@@ -44,6 +45,17 @@ class Shared:
     """Of layers with a window, where these differ."""
     first_slot: Array | int
     row_keys_B: Array | None
+    is_real_BT: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Own:
+    """What a layer has of its own besides its parameters; None where all layers are alike. Stacked for the scan."""
+
+    number: Array
+    window: Array | None
+    is_rotated: Array | None
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +68,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, window: Array | None, shared: Shared, slots: tuple[Array, Array] | None
+        self, x_BTD: Array, own: Own, shared: Shared, slots: tuple[Array, Array] | None
     ) -> tuple[Array, dict, Any]:
         """Return the output, its queries, keys and values by name, and the cache's slots with these tokens added."""
         c, width = self.config, (("embed", self.config.width),)
@@ -66,11 +78,15 @@ class SelfAttention(nn.Module):
             name: Linear(width, dims, c.qkv_bias, self.dtype, name=name)(x_BTD)
             for name, dims in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         }
-        if c.qk_norm:
-            seen |= {name: Norm(c, self.dtype, name=f"{name}_norm")(seen[name]) for name in ("q", "k")}
-        waves = shared.waves
+        if c.qk_norm != "none":
+            over = 1 if c.qk_norm == "head" else 2
+            seen |= {name: Norm(c, self.dtype, over, name=f"{name}_norm")(seen[name]) for name in ("q", "k")}
+        waves, window = shared.waves, own.window
         if window is not None and shared.local_waves is not None:
             waves = jax.tree.map(partial(jnp.where, window > 0), shared.local_waves, waves)
+        if own.is_rotated is not None and waves is not None:
+            still = jnp.ones_like(waves[0]), jnp.zeros_like(waves[1])
+            waves = jax.tree.map(partial(jnp.where, own.is_rotated), waves, still)
         if waves is not None:
             seen |= {name: rotate(seen[name], waves) for name in ("q", "k")}
         q_BTHK = self.layout(seen["q"], ("batch", "sequence", "heads", None))
@@ -93,27 +109,30 @@ class Layer(nn.Module):
     dtype: Any
     attention: Attention
     layout: Layout
+    dispatch: Dispatch
     taps: tuple[str, ...]
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: Array,
-        number: Array,
-        window: Array | None,
-        slots: tuple[Array, Array] | None,
-        shared: Shared,
-    ) -> tuple:
-        """Return the carry of the scan (the residual stream), and this layer's taps and cache slots."""
+    def __call__(self, x_BTD: Array, own: Own, slots: tuple[Array, Array] | None, shared: Shared) -> tuple:
+        """Return the carry of the scan (the residual stream), and this layer's taps, cache slots and further sums."""
         c, keys = self.config, shared.row_keys_B
         attention = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")
-        h_BTD, seen, slots = attention(self._before("attention", x_BTD), window, shared, slots)
-        x_BTD = x_BTD + dropout(self._after("attention", h_BTD), keys, 1 + 2 * number, c.dropout)
-        h_BTD = Mlp(c, self.dtype, self.layout, name="mlp")(self._before("mlp", x_BTD))
-        x_BTD = x_BTD + dropout(self._after("mlp", h_BTD), keys, 2 + 2 * number, c.dropout)
+        h_BTD, seen, slots = attention(self._before("attention", x_BTD), own, shared, slots)
+        seen_by_mlp_BTD = x_BTD
+        x_BTD = x_BTD + dropout(self._after("attention", h_BTD), keys, 1 + 2 * own.number, c.dropout)
+        seen_by_mlp_BTD = seen_by_mlp_BTD if c.parallel else x_BTD
+        h_BTD, aux = self._mlp(self._before("mlp", seen_by_mlp_BTD), shared)
+        x_BTD = x_BTD + dropout(self._after("mlp", h_BTD), keys, 2 + 2 * own.number, c.dropout)
         x_BTD = self.layout(x_BTD, ("batch", "sequence", None))
         seen["hidden"] = x_BTD
-        return x_BTD, ({name: seen[name] for name in self.taps}, slots)
+        return x_BTD, ({name: seen[name] for name in self.taps}, slots, aux)
+
+    def _mlp(self, x_BTD: Array, shared: Shared) -> tuple[Array, dict[str, Array]]:
+        c = self.config
+        if not c.experts:
+            return Mlp(c, self.dtype, self.layout, name="mlp")(x_BTD), {}
+        scores_BTE = Linear((("embed", c.width),), ((None, c.experts),), False, self.dtype, name="router")(x_BTD)
+        return Experts(c, self.dtype, self.dispatch, name="experts")(x_BTD, scores_BTE, shared.is_real_BT)
 
     def _before(self, branch: str, x_BTD: Array) -> Array:
         is_there = self.config.norms in ("before", "both")
@@ -132,6 +151,7 @@ class Transformer(nn.Module):
     remat: Remat
     attention: Attention
     layout: Layout
+    dispatch: Dispatch
     taps: tuple[str, ...] = ()
 
     @nn.compact
@@ -156,16 +176,18 @@ class Transformer(nn.Module):
             rope_waves(view.position_BT, view.segment_BT, c.head_width, rope) if rope is not None else None
             for rope in (c.rope if c.positions == "rope" else None, c.local_rope if c.windows else None)
         )
-        layers = self._layers()(c, self.dtype, self.attention, self.layout, self.taps, name="layers")
-        windows_L = jnp.array(c.windows) if c.windows else None
-        shared = Shared(sight, waves, local_waves, first_slot, row_keys_B)
-        x_BTD, (taps, slots) = layers(x_BTD, jnp.arange(c.layers), windows_L, slots, shared)
+        layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
+        is_rotated_L = jnp.array([n not in c.unrotated for n in range(c.layers)]) if c.unrotated else None
+        own = Own(jnp.arange(c.layers), jnp.array(c.windows) if c.windows else None, is_rotated_L)
+        shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, view.segment_BT > 0)
+        x_BTD, (taps, slots, aux) = layers(x_BTD, own, slots, shared)
 
         if not c.tie_head and self.is_initializing():
             Linear((("embed", c.width),), (("vocab", c.vocab_size),), False, self.dtype, name="head")(x_BTD)
         if cache is not None:
             cache = Cache(slots[0], slots[1], segment_BS, cache.used + view.tokens_BT.shape[1])
-        return Output(Norm(c, self.dtype, name="final_norm")(x_BTD), taps, cache=cache)
+        aux = jax.tree.map(partial(jnp.mean, axis=0), aux)
+        return Output(Norm(c, self.dtype, name="final_norm")(x_BTD), taps, aux, cache)
 
     def _layers(self) -> Any:
         layer: Any = Layer
@@ -176,7 +198,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=self.config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # one trace of the layer, not two
@@ -198,6 +220,7 @@ class Model:
         remat: what the backward pass recomputes.
         attention: the kernel, `attend` unless the work crosses devices.
         layout: says where activations lie (`Placement.constrain`); `anywhere` leaves it open.
+        dispatch: takes tokens to experts that lie on several devices (`Placement.dispatch`); `here` knows but one.
     """
 
     config: ModelConfig
@@ -205,6 +228,7 @@ class Model:
     remat: Remat = "none"
     attention: Attention = attend
     layout: Layout = anywhere
+    dispatch: Dispatch = here
 
     def init(self, key: Array) -> dict:
         """Return random parameters: a nested dict of float32 arrays, layers stacked on the first axis."""
@@ -253,7 +277,9 @@ class Model:
         return Cache(k_LBSGK, jnp.zeros_like(k_LBSGK), segment_BS, jnp.zeros((), jnp.int32))
 
     def _module(self, taps: tuple[str, ...] = ()) -> Transformer:
-        return Transformer(self.config, jnp.dtype(self.dtype), self.remat, self.attention, self.layout, taps)
+        return Transformer(
+            self.config, jnp.dtype(self.dtype), self.remat, self.attention, self.layout, self.dispatch, taps
+        )
 
     def _boxed(self, key: Array) -> dict:
         token_BT = jnp.zeros((1, 1), jnp.int32)

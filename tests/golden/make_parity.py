@@ -32,6 +32,8 @@ LLAMA_3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
+MOE = LLAMA | {"num_experts_per_tok": 2, "output_router_logits": False}
+NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
 GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "attention_bias": False}
 GPT2 = {
     "vocab_size": 128,
@@ -67,6 +69,22 @@ MODELS = {
         transformers.Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=False)
     ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=5)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE, num_local_experts=4)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**MOE, head_dim=16, num_experts=5, moe_intermediate_size=24, norm_topk_prob=False)
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            **LLAMA, pad_token_id=0, sliding_window=7, rope_parameters={"rope_theta": 1e3, "partial_rotary_factor": 0.5}
+        )
+    ),
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(
+        transformers.SmolLM3Config(**LLAMA, pad_token_id=0, no_rope_layer_interval=2)
+    ),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**LLAMA, pad_token_id=0)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**NEOX, rope_parameters={"rope_theta": 1e3, "partial_rotary_factor": 0.5})
+    ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
     ),

@@ -151,7 +151,8 @@ NORM = "model.layers.1.input_layernorm.weight"
         ),
         (TIED, None, {"tie_word_embeddings": False}, "lacks 1 of the tensors .* first lm_head.weight"),
         (UNTIED, None, {"num_hidden_layers": 2}, "16 more than the tensors its config.json asks"),
-        (UNTIED, None, {"num_hidden_layers": 10**9}, "too few for the 1000000000 layers"),
+        (UNTIED, None, {"num_hidden_layers": 9_999}, "too few for the 9999 layers"),
+        (UNTIED, None, {"num_hidden_layers": 10**9}, "layers is 1000000000; wanted at most 10,000"),
         (TIED, grown("norm.weight"), None, "has the tensor model.norm.weight twice"),
         (
             UNTIED,

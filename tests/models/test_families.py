@@ -22,6 +22,7 @@ LLAMA = FAMILIES["llama"].config_from_hf(LLAMA_HF)
 GPT2 = FAMILIES["gpt2"].config_from_hf(GPT2_HF)
 
 
+NEW = ("mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3")
 QWEN2_HF = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
 QWEN3_HF = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
 QWEN2 = FAMILIES["qwen2"].config_from_hf(QWEN2_HF)
@@ -32,6 +33,8 @@ MISTRAL_HF = json.loads((GOLDEN / "mistral" / "config.json").read_text())
 GEMMA2 = FAMILIES["gemma2"].config_from_hf(GEMMA2_HF)
 GEMMA3 = FAMILIES["gemma3_text"].config_from_hf(GEMMA3_HF)
 MISTRAL = FAMILIES["mistral"].config_from_hf(MISTRAL_HF)
+HF = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in NEW}
+NEWER = {name: FAMILIES[hf["model_type"]].config_from_hf(hf) for name, hf in HF.items()}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -62,10 +65,27 @@ def test_scaled_rope_is_read_in_both_styles():
 def test_what_is_absent_in_a_qwen_is_not_what_it_is_in_a_llama():
     bare = without(QWEN2_HF, "max_position_embeddings", "use_sliding_window", "layer_types")
     config = FAMILIES["qwen2"].config_from_hf(bare | {"sliding_window": 4096})
-    assert config.max_positions == 32_768 and config.qkv_bias and not config.out_bias and not config.qk_norm
+    assert config.max_positions == 32_768 and config.qkv_bias and not config.out_bias and config.qk_norm == "none"
     assert FAMILIES["qwen3"].config_from_hf(without(QWEN3_HF, "head_dim")).head_width == 128
     biased = FAMILIES["qwen3"].config_from_hf(QWEN3_HF | {"attention_bias": True})
-    assert biased.qkv_bias and biased.out_bias and biased.qk_norm and not QWEN3.qkv_bias
+    assert biased.qkv_bias and biased.out_bias and biased.qk_norm == "head" and not QWEN3.qkv_bias
+
+
+def test_what_newer_families_say():
+    moe, mixtral, smol = NEWER["qwen3_moe"], NEWER["mixtral"], NEWER["smollm3"]
+    assert (moe.experts, moe.experts_per_token, moe.mlp_width, moe.normalise_picks) == (5, 2, 24, False)
+    assert (mixtral.experts, mixtral.normalise_picks, mixtral.windows) == (4, True, ())
+    assert smol.unrotated == (1,) and smol.rope.theta == 2e6 and smol.tie_head
+    every_fourth = FAMILIES["smollm3"].config_from_hf(
+        without(HF["smollm3"], "no_rope_layers", "no_rope_layer_interval", "layer_types") | {"num_hidden_layers": 9}
+    )
+    assert every_fourth.unrotated == (3, 7)
+    assert NEWER["olmo2"].norms == "after" and NEWER["olmo2"].qk_norm == "heads"
+    assert NEWER["phi3"].windows == (7, 7, 7) and NEWER["phi3"].rope == Rope(1e3, share=0.5)
+    neox = NEWER["gpt_neox"]
+    assert neox.parallel and neox.rope == Rope(1e3, share=0.5) and not neox.tie_head
+    version_4 = without(HF["gpt_neox"], "rope_parameters") | {"rotary_pct": 0.25, "rotary_emb_base": 500}
+    assert FAMILIES["gpt_neox"].config_from_hf(version_4).rope == Rope(500.0, share=0.25)
 
 
 def test_windows_are_read_by_layer():
@@ -119,7 +139,7 @@ def test_what_is_written_reads_back(config):
         (LLAMA_HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         (LLAMA_HF | {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         (LLAMA_HF | {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_frequency 4.0 is not below"),
-        (LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "want at least 4"),
+        (LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "wanted an even number from 4"),
         (LLAMA_HF | {"rope_parameters": {"rope_theta": 1.0}}, "rope.theta is 1.0; wanted more than 1"),
         (GEMMA2_HF | {"layer_types": ["full_attention", "chunked", "full_attention"]}, "layer_types has 'chunked'"),
         (GEMMA2_HF | {"layer_types": ["full_attention"]}, "layer_types names 1 layers; wanted 3"),
@@ -140,11 +160,17 @@ def test_what_is_written_reads_back(config):
         (LLAMA_HF | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         (LLAMA_HF | {"head_dim": None, "num_attention_heads": 5}, "hidden_size 32 does not divide by"),
         (LLAMA_HF | {"num_key_value_heads": 3}, "heads 4 does not divide by kv_heads 3"),
-        (LLAMA_HF | {"head_dim": 7}, "head_width is 7; rotary positions want an even one"),
+        (LLAMA_HF | {"head_dim": 7}, "head_width is 7, of which 7 are rotated; wanted an even number from 2"),
         (GPT2_HF | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         (GPT2_HF | {"add_cross_attention": True}, "add_cross_attention is True"),
         (GPT2_HF | {"scale_attn_weights": False}, "scale_attn_weights is False"),
         (GPT2_HF | {"activation_function": "mish"}, "activation_function is 'mish'"),
+        (HF["qwen3_moe"] | {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        (HF["qwen3_moe"] | {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        (HF["qwen3_moe"] | {"num_experts_per_tok": 6}, "experts is 5 and experts_per_token 6"),
+        (HF["smollm3"] | {"no_rope_layers": [1]}, "no_rope_layers names 1 layers; wanted 3"),
+        (HF["phi3"] | {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
+        (HF["gpt_neox"] | {"num_attention_heads": 5}, "hidden_size 32 does not divide by"),
         (GPT2_HF | {"n_head": 5}, "n_embd 32 does not divide by n_head 5"),
     ],
 )
@@ -163,7 +189,7 @@ def test_a_window_longer_than_the_model_is_no_window():
     ("name", "message"),
     [
         ("lama", "did you mean 'llama'"),
-        ("bert", "known: gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3"),
+        ("bert", "known: gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2"),
         (None, "model_type is None"),
     ],
 )
@@ -183,13 +209,20 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
         "gemma2": replace(GEMMA2, max_positions=40, tie_head=False, qkv_bias=True, out_bias=True),
         "gemma3_text": replace(GEMMA3, max_positions=40, tie_head=False, qkv_bias=True, out_bias=True),
         "gpt2": replace(GPT2, max_positions=40, tie_head=False),
+        "mixtral": replace(NEWER["mixtral"], tie_head=False),
+        "qwen3_moe": replace(NEWER["qwen3_moe"], tie_head=False, qkv_bias=True, out_bias=True),
+        "smollm3": replace(NEWER["smollm3"], tie_head=False, qkv_bias=True, out_bias=True, mlp_bias=True),
+        "olmo2": replace(NEWER["olmo2"], tie_head=False, qkv_bias=True, out_bias=True),
+        "gpt_neox": replace(NEWER["gpt_neox"], tie_head=False),
+        "phi3": replace(NEWER["phi3"], tie_head=False),
     }[name]
     shapes = parameter_paths(jax.eval_shape(Model(config).init, jax.random.key(0)))
     assert shapes.keys() == FAMILIES[name].weights.keys()
     sizes = sizes_of(config)
     for path, shape in shapes.items():
         ours = tuple(sizes[letter] for letter in FAMILIES[name].weights[path].ours)
-        assert shape.shape == ((config.layers, *ours) if path.startswith("layers/") else ours)
+        index = next(reversed(FAMILIES[name].weights[path].names(sizes)))
+        assert shape.shape == (*(last + 1 for last in index), *ours)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +230,10 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
     [
         ({"kv_heads": 3}, "heads 4 does not divide by kv_heads 3"),
         ({"layers": 0}, "layers is 0; wanted at least 1"),
+        ({"layers": 10_001}, "layers is 10001; wanted at most 10,000"),
         ({"head_width": 15}, "head_width is 15"),
+        ({"rope": Rope(share=0.2)}, "head_width is 16, of which 3 are rotated"),
+        ({"unrotated": (2,)}, r"unrotated is \(2,\); wanted layers from 0 to 1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"windows": (4,)}, r"windows is \(4,\); wanted 2, one for each layer"),
         ({"windows": (4, -1)}, "each from 0"),

@@ -11,11 +11,13 @@ from kdjax.generate import generate
 from kdjax.losses import head_logits
 from kdjax.models import Model, export, open_model
 from kdjax.models.convert import disk_tensors
+from kdjax.models.family import sizes_of
 from kdjax.models.registry import FAMILIES
 from kdjax.shapes import View
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = ["llama_tied", "llama_untied", "llama_3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"]
+NAMES += ["mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3"]
 
 
 @functools.cache
@@ -159,7 +161,8 @@ def test_gradients_equal_those_of_torch(name, tmp_path):
     named = dict(theirs.named_parameters())
     checked = 0
     weights = FAMILIES[file.config.family].weights.values()
-    less = {disk_name: weight.less for weight in weights for disk_name in weight.names(file.config.layers)}
+    sizes = sizes_of(file.config)
+    less = {disk_name: weight.less for weight in weights for disk_name in weight.names(sizes).values()}
     for disk_name, tensor in disk_tensors(FAMILIES[file.config.family], file.config, grads).items():
         wanted = named[disk_name].grad.numpy()
         got = tensor.all() + less[disk_name]  # a gradient knows no distance from 1

@@ -103,5 +103,5 @@ def test_impossible_angles_are_refused(change, message):
 
 
 def test_a_growing_base_wants_more_than_one_wave():
-    with pytest.raises(UserError, match="head_width is 2; dynamically scaled rotary positions want at least 4"):
+    with pytest.raises(UserError, match="head_width is 2, of which 2 are rotated; wanted an even number from 4"):
         ModelConfig(head_width=2, rope=Rope(scaling="dynamic"))

@@ -22,11 +22,16 @@ GPT2 = replace(
     qkv_bias=True, out_bias=True, mlp_bias=True, max_positions=64, dropout=0.2,
 )  # fmt: skip
 GEMMA = replace(
-    LLAMA, family="gemma3_text", norms="both", qk_norm=True, windows=(3, 0, 3), rope=Rope(1e3, "linear", 4.0),
+    LLAMA, family="gemma3_text", norms="both", qk_norm="head", windows=(3, 0, 3), rope=Rope(1e3, "linear", 4.0),
     local_rope=Rope(1e2), attention_scale=0.3, attention_soft_cap=3.0, head_soft_cap=5.0, scale_embedding=True,
 )  # fmt: skip
-CONFIGS = pytest.mark.parametrize("config", [LLAMA, GPT2, GEMMA], ids=["llama", "gpt2", "gemma"])
-ALL_CONFIGS = pytest.mark.parametrize("config", [LLAMA, UNTIED, GPT2, GEMMA], ids=["llama", "untied", "gpt2", "gemma"])
+MOE = replace(
+    LLAMA, family="mixtral", experts=4, parallel=True, qk_norm="heads", unrotated=(1,), rope=Rope(1e2, share=0.5)
+)
+"""With what else is rare."""
+BY_NAME = {"llama": LLAMA, "gpt2": GPT2, "gemma": GEMMA, "moe": MOE}
+CONFIGS = pytest.mark.parametrize("config", BY_NAME.values(), ids=BY_NAME)
+ALL_CONFIGS = pytest.mark.parametrize("config", [*BY_NAME.values(), UNTIED], ids=[*BY_NAME, "untied"])
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="taps")
@@ -63,7 +68,10 @@ def test_parameters_are_the_agreed_tree(config):
     assert shapes["layers/attention/q/kernel"] == (3, 32, 4, 8)
     assert shapes["layers/attention/k/kernel"] == (3, 32, config.kv_heads, 8)
     assert shapes["layers/attention/out/kernel"] == (3, 4, 8, 32)
-    assert shapes["layers/mlp/down/kernel"] == (3, 48, 32)
+    if config.experts:
+        assert shapes["layers/experts/down/kernel"] == (3, 4, 48, 32) and shapes["layers/router/kernel"] == (3, 32, 4)
+    else:
+        assert shapes["layers/mlp/down/kernel"] == (3, 48, 32)
     assert shapes["embed/embedding"] == (97, 32)
     assert ("head/kernel" in shapes) == (not config.tie_head)
     assert ("positions/embedding" in shapes) == (config.positions == "learned")
@@ -77,10 +85,10 @@ def test_every_parameter_has_axis_names(config):
     model = Model(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     sizes = {"layers": 3, "embed": 32, "heads": 4, "kv_heads": config.kv_heads, "head_width": 8, "mlp": 48}
-    sizes |= {"vocab": 97, "position": config.max_positions}
+    sizes |= {"vocab": 97, "position": config.max_positions, "experts": 4, "expert_mlp": 48}
 
     def check(leaf, names):
-        unnamed = (32, 8)  # the widths of norms
+        unnamed = (32, 8, config.heads, config.kv_heads, config.experts)  # of norms, and the router's picks
         assert all(size in ((sizes[name],) if name else unnamed) for name, size in zip(names, leaf.shape, strict=True))
 
     jax.tree.map(check, shapes, model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple))
