@@ -139,7 +139,10 @@ def test_what_is_written_reads_back(config):
         (LLAMA_HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         (LLAMA_HF | {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         (LLAMA_HF | {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_frequency 4.0 is not below"),
-        (LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "wanted an even number from 4"),
+        (
+            LLAMA_HF | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+            "wanted an even number from 4",
+        ),
         (LLAMA_HF | {"rope_parameters": {"rope_theta": 1.0}}, "rope.theta is 1.0; wanted more than 1"),
         (GEMMA2_HF | {"layer_types": ["full_attention", "chunked", "full_attention"]}, "layer_types has 'chunked'"),
         (GEMMA2_HF | {"layer_types": ["full_attention"]}, "layer_types names 1 layers; wanted 3"),
