@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import PEERS
+
 Row = dict[str, Any]
 MISSING = "–"
 
@@ -190,15 +192,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "kdjax"
     cases = [case for case in newest(rows) if any(row.get("ratio_to_plain") for row in case)]
-    cases = [case for case in cases if case[0]["vocab"] == max(case[0]["vocab"] for case in cases)]
-    figure, axes = plt.subplots(len(cases), 2, figsize=(9, 1.6 + 1.5 * len(cases)), squeeze=False, sharex="col")
-    for (left, right), case in zip(axes, cases, strict=True):
-        shown = [row for row in case if row["variant"] != "matmuls"]
+    largest = max(case[0]["vocab"] for case in cases)
+    cases = [[row for row in case if row["variant"] != "matmuls"] for case in cases]
+    cases = [case for case in cases if case[0]["vocab"] == largest or any(row["variant"] in PEERS for row in case)]
+    bars = [2 + len(case) for case in cases]  # title and room between count as two
+    figure, axes = plt.subplots(
+        len(cases), 2, figsize=(9, 1 + 0.27 * sum(bars)), squeeze=False, sharex="col", height_ratios=bars
+    )
+    for (left, right), shown in zip(axes, cases, strict=True):
         names = [row["variant"] for row in shown]
-        base = next(row["measured_bytes"] for row in case if row["variant"] == "plain")
+        base = next(row["measured_bytes"] for row in shown if row["variant"] == "plain")
         left.barh(names, [row["ratio_to_plain"] or 0 for row in shown])
         right.barh(names, [row["measured_bytes"] / base if base and row["measured_bytes"] else 0 for row in shown])
-        left.set_title(_title(case[0]).replace("`", ""), fontsize=8, loc="left")
+        left.set_title(_title(shown[0]).replace("`", ""), fontsize=8, loc="left")
         right.set_yticks([])
         for axis in (left, right):
             axis.invert_yaxis()
