@@ -155,6 +155,21 @@ def hf_activation(name: str) -> str:
     return next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == name)
 
 
+def hf_common(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """Return what most families write alike into a config.json."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_head,
+    }
+
+
 def read_activation(hf: dict[str, Any], key: str, default: str) -> Any:
     """Return our name of the activation that a config.json asks for."""
     name = read(hf, key, str, default)

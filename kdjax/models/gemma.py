@@ -10,7 +10,7 @@ from typing import Any
 
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig, Rope
-from kdjax.models.family import Family, Weight, hf_activation, read, read_activation, refuse_others
+from kdjax.models.family import Family, Weight, hf_activation, hf_common, read, read_activation, refuse_others
 from kdjax.models.hf_rope import read_rope, write_rope
 from kdjax.models.hf_windows import read_windows, write_windows
 
@@ -113,24 +113,15 @@ def _two_ropes(hf: dict[str, Any], max_positions: int) -> tuple[Rope, Rope]:
 
 
 def _to_hf(config: ModelConfig, name: str, model_type: str) -> dict[str, Any]:
-    return {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
+    return hf_common(config, model_type, f"{name}ForCausalLM") | {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "hidden_activation": hf_activation(config.activation),
         "query_pre_attn_scalar": _scalar(config),
         "attention_bias": config.qkv_bias,
         "attn_logit_softcapping": config.attention_soft_cap,
         "final_logit_softcapping": config.head_soft_cap,
-        "tie_word_embeddings": config.tie_head,
         **write_windows(config.windows or (0,) * config.layers),
     }
 

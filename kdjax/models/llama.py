@@ -6,7 +6,7 @@ from typing import Any
 
 from kdjax.errors import UserError
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import Family, Weight, hf_activation, read, read_activation, refuse_others
+from kdjax.models.family import Family, Weight, hf_activation, hf_common, read, read_activation, refuse_others
 from kdjax.models.hf_rope import read_rope, write_rope
 
 _ATTENTION = "model.layers.{}.self_attn."
@@ -75,23 +75,18 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": hf_activation(config.activation),
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tie_head,
-    } | write_rope(config.rope)
+    return (
+        hf_common(config, "llama", "LlamaForCausalLM")
+        | {
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_width,
+            "rms_norm_eps": config.norm_eps,
+            "hidden_act": hf_activation(config.activation),
+            "attention_bias": config.qkv_bias,
+            "mlp_bias": config.mlp_bias,
+        }
+        | write_rope(config.rope)
+    )
 
 
 def _refuse_sliding_window(hf: dict[str, Any], max_positions: int) -> None:

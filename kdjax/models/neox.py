@@ -6,7 +6,7 @@ from typing import Any
 
 from kdjax.errors import UserError
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import Family, Weight, hf_activation, read, read_activation, refuse_others
+from kdjax.models.family import Family, Weight, hf_activation, hf_common, read, read_activation, refuse_others
 from kdjax.models.hf_rope import read_rope, write_rope
 
 _LAYER = "gpt_neox.layers.{}."
@@ -75,15 +75,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
     rope = write_rope(config.rope)
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_positions,
+    hf = {
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel,
         "hidden_act": hf_activation(config.activation),
@@ -92,8 +84,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "hidden_dropout": config.dropout,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_head,
-    } | rope
+    }
+    return hf_common(config, "gpt_neox", "GPTNeoXForCausalLM") | hf | rope
 
 
 NEOX = Family(

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.models import logits, packed_error, view
 from kdjax.generate import generate
-from kdjax.losses import head_logits
 from kdjax.models import Model, export, open_model
 from kdjax.models.convert import disk_tensors
 from kdjax.models.family import sizes_of
+from kdjax.models.files import map_safetensors
 from kdjax.models.registry import FAMILIES
 from kdjax.shapes import View
 
@@ -26,24 +27,11 @@ def loaded(name):
     return file, Model(file.config), jax.tree.map(lambda tensor: tensor.all(), file.tensors)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits_BTV(model, params, view):
-    hidden_BTD = model.apply(params, view).hidden_BTD
-    logits_NV = head_logits(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), model.head(params))
-    return logits_NV.reshape(*hidden_BTD.shape[:2], -1)
-
-
-def row_view(tokens_BT):
-    tokens_BT = np.asarray(tokens_BT, np.int32)
-    position_BT = np.broadcast_to(np.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    return View(tokens_BT, np.ones_like(tokens_BT), position_BT)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_greedy_text_equal_the_golden_ones(name):
     _, model, params = loaded(name)
     expected = np.load(GOLDEN / name / "expected.npz")
-    got = logits_BTV(model, params, row_view(expected["tokens"]))
+    got = logits(model, params, view(expected["tokens"]))
     assert np.abs(expected["logits"]).max() > 1
     np.testing.assert_allclose(got, expected["logits"], atol=1e-5, rtol=0)
     greedy = generate(model, params, [expected["tokens"][0].tolist()], max_new_tokens=10)
@@ -54,19 +42,7 @@ def test_logits_and_greedy_text_equal_the_golden_ones(name):
 def test_packed_and_padded_rows_give_the_golden_logits(name):
     _, model, params = loaded(name)
     expected = np.load(GOLDEN / name / "expected.npz")
-    first, second = expected["tokens"].astype(np.int32)
-    view = View(
-        np.array([[*first[:5], *second[:7]], [7, 7, 7, 7, *second[:8]]]),
-        np.array([[1] * 5 + [2] * 7, [0] * 4 + [1] * 8]),
-        np.array([[*range(5), *range(7)], [0] * 4 + [*range(8)]]),
-    )
-    got = logits_BTV(model, params, view)
-    for part, wanted in (
-        (got[0, :5], expected["logits"][0, :5]),
-        (got[0, 5:], expected["logits"][1, :7]),
-        (got[1, 4:], expected["logits"][1, :8]),
-    ):
-        np.testing.assert_allclose(part, wanted, atol=1e-5, rtol=0)
+    assert packed_error(model, params, expected["tokens"], expected["logits"]) <= 1e-5
 
 
 def exported(config, params, out):
@@ -87,7 +63,7 @@ def test_an_exported_model_is_the_same_in_transformers(name, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(tokens)).logits.numpy()
         text = theirs.generate(torch.tensor(tokens[:1]), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    np.testing.assert_allclose(logits_BTV(model, moved, row_view(tokens)), wanted, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits(model, moved, view(tokens)), wanted, atol=1e-5, rtol=0)
     assert generate(model, moved, [tokens[0].tolist()], max_new_tokens=8)[0] == text[0, tokens.shape[1] :].tolist()
 
 
@@ -127,7 +103,7 @@ def test_scaled_rotary_positions_equal_transformers(rope, tmp_path):
     tokens = np.random.default_rng(0).integers(1, 128, (2, 24))
     with torch.no_grad():
         wanted = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(logits_BTV(Model(file.config), params, row_view(tokens)), wanted, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(logits(Model(file.config), params, view(tokens)), wanted, atol=2e-5, rtol=0)
     again = exported(file.config, params, tmp_path / "out")
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.tensor(tokens)).logits.numpy(), wanted, atol=2e-5, rtol=0)
@@ -145,7 +121,7 @@ def test_padded_batches_equal_transformers(name, tmp_path):
         wanted = theirs(
             torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=torch.tensor(position)
         ).logits.numpy()
-    got = np.asarray(logits_BTV(model, params, View(tokens, mask, position)))
+    got = np.asarray(logits(model, params, View(tokens, mask, position)))
     np.testing.assert_allclose(got[mask > 0], wanted[mask > 0], atol=1e-5, rtol=0)
 
 
@@ -156,16 +132,16 @@ def test_gradients_equal_those_of_torch(name, tmp_path):
     theirs = exported(file.config, params, tmp_path / "out")
     tokens = np.load(GOLDEN / name / "expected.npz")["tokens"].astype(np.int32)
     torch.tanh(theirs(torch.tensor(tokens, dtype=torch.long)).logits).sum().backward()
-    view = row_view(tokens)
-    grads = jax.jit(jax.grad(lambda p: jax.numpy.tanh(logits_BTV(model, p, view)).sum()))(params)
-    named = dict(theirs.named_parameters())
-    checked = 0
-    weights = FAMILIES[file.config.family].weights.values()
-    sizes = sizes_of(file.config)
+    seen = view(tokens)
+    grads = jax.jit(jax.grad(lambda p: jax.numpy.tanh(logits(model, p, seen)).sum()))(params)
+    for parameter in theirs.parameters():  # saved in their place, which gives them the names that weights have on disk
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    named = map_safetensors(tmp_path / "gradients" / "model.safetensors")
+    sizes, weights = sizes_of(file.config), FAMILIES[file.config.family].weights.values()
     less = {disk_name: weight.less for weight in weights for disk_name in weight.names(sizes).values()}
-    for disk_name, tensor in disk_tensors(FAMILIES[file.config.family], file.config, grads).items():
-        wanted = named[disk_name].grad.numpy()
-        got = tensor.all() + less[disk_name]  # a gradient knows no distance from 1
+    ours = disk_tensors(FAMILIES[file.config.family], file.config, grads)
+    assert ours.keys() == named.keys()
+    for disk_name, tensor in ours.items():
+        got, wanted = tensor.all() + less[disk_name], named[disk_name]  # a gradient knows no distance from 1
         np.testing.assert_allclose(got, wanted, atol=1e-4 * max(1, np.abs(wanted).max()), err_msg=disk_name)
-        checked += 1
-    assert checked == len(named)
