@@ -15,3 +15,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Return names in order, joined by commas, and how many more there are beyond `most`."""
+    found = [name if name.isprintable() else repr(name) for name in sorted(names)]
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

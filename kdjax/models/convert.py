@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tokenizers
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 from kdjax.models import files
 from kdjax.models.config import DType, ModelConfig
 from kdjax.models.family import Family, sizes_of, to_disk
@@ -111,12 +111,10 @@ def _match(directory: Path, family: Family, on_disk: dict[str, np.ndarray], want
             others.append(name)
     missing = wanted - found.keys()
     if missing:
-        raise UserError(
-            f"{directory} lacks {len(missing)} of the tensors its config.json asks for, first {min(missing)}"
-        )
+        raise UserError(f"{directory} lacks {len(missing)} of the tensors its config.json asks for: {listed(missing)}")
     if others:
         raise UserError(
-            f"{directory} has {len(others)} more than the tensors its config.json asks for, first {min(others)}"
+            f"{directory} has {len(others)} more than the tensors its config.json asks for: {listed(others)}"
         )
     return found
 

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 from kdjax.models.files import whole_directory, write_json, write_safetensors
 from kdjax.models.model_file import LazyTensor
 
@@ -187,7 +187,7 @@ def _match(config: dict[str, Any], tensors: dict[str, Any], file: Path) -> dict[
             table[f"blk.{layer}.{name}"] = (f"model.layers.{layer}.{hf}", shape)
     for problem, names in (("lacks", table.keys() - tensors.keys()), ("also has", tensors.keys() - table.keys())):
         if names:
-            raise UserError(f"{file} is not a plain llama: it {problem} {len(names)} tensors, first {min(names)!r}")
+            raise UserError(f"{file} is not a plain llama: it {problem} {len(names)} tensors: {listed(names)}")
     head_width = config["head_dim"]
     size = {
         "V": config["vocab_size"],

@@ -141,24 +141,25 @@ NORM = "model.layers.1.input_layernorm.weight"
 @pytest.mark.parametrize(
     ("source", "change", "config", "message"),
     [
-        (TIED, drop(NORM), None, f"lacks 1 of the tensors .* first {NORM}"),
+        (TIED, drop(NORM), None, f"lacks 1 of the tensors its config.json asks for: {NORM}"),
         (TIED, grown(NORM), None, rf"{NORM} has shape \(3, 3\); its config.json says \(32,\)"),
         (
             TIED,
             grown("model.layers.3.mlp.x"),
             None,
-            "1 more than the tensors its config.json asks for, first model.layers.3.mlp.x",
+            "1 more than the tensors its config.json asks for: model.layers.3.mlp.x",
         ),
-        (TIED, None, {"tie_word_embeddings": False}, "lacks 1 of the tensors .* first lm_head.weight"),
+        (TIED, None, {"tie_word_embeddings": False}, "lacks 1 of the tensors .*: lm_head.weight"),
         (UNTIED, None, {"num_hidden_layers": 2}, "16 more than the tensors its config.json asks"),
         (UNTIED, None, {"num_hidden_layers": 9_999}, "too few for the 9999 layers"),
         (UNTIED, None, {"num_hidden_layers": 10**9}, "layers is 1000000000; wanted at most 10,000"),
+        (TIED, grown("a\nb"), None, r"1 more than the tensors its config.json asks for: 'a\\nb'"),
         (TIED, grown("norm.weight"), None, "has the tensor model.norm.weight twice"),
         (
             UNTIED,
             None,
             {"attention_bias": False},
-            "12 more than the tensors its config.json asks for, first model.layers.0.self_attn.k_proj.bias",
+            "12 more than the tensors its config.json asks for: model.layers.0.self_attn.k_proj.bias, ",
         ),
         (
             TIED,
