@@ -198,6 +198,11 @@ def read(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     return value
 
 
+def with_defaults(hf: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with what a key means to a family that is absent or null."""
+    return defaults | {key: value for key, value in hf.items() if value is not None}
+
+
 def refuse_others(hf: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
     """Check that each key is absent or has one of the values that are computed here; others would load wrongly."""
     for key, values in allowed.items():

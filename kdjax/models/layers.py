@@ -104,7 +104,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return x normalised over its last dimensions, computed in float32."""
-        last, dtype = tuple(range(-self.over, 0)), self.dtype
+        last = tuple(range(-self.over, 0))
         dims = tuple((None, x.shape[axis]) for axis in last)
         scale, x = parameter(self, "scale", nn.initializers.ones, dims).astype(jnp.float32), x.astype(jnp.float32)
         leading = tuple(range(x.ndim - self.over))
@@ -115,7 +115,7 @@ class Norm(nn.Module):
         if self.config.norm == "layer":
             bias = parameter(self, "bias", nn.initializers.zeros, dims).astype(jnp.float32)
             x = x + jnp.expand_dims(bias, leading)
-        return x.astype(dtype)
+        return x.astype(self.dtype)
 
 
 class Mlp(nn.Module):

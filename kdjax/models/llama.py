@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdjax.errors import UserError
@@ -73,20 +74,23 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return (
-        hf_common(config, "llama", "LlamaForCausalLM")
-        | {
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_width,
-            "rms_norm_eps": config.norm_eps,
-            "hidden_act": hf_activation(config.activation),
-            "attention_bias": config.qkv_bias,
-            "mlp_bias": config.mlp_bias,
-        }
-        | write_rope(config.rope)
-    )
+def config_to_hf(
+    config: ModelConfig, model_type: str = "llama", architecture: str = "LlamaForCausalLM", without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the config.json of such an architecture, or of one that is a Llama's but for some keys.
+
+    Transformers 4 and 5 both read it.
+    """
+    own = {
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": hf_activation(config.activation),
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    own = {key: value for key, value in own.items() if key not in without}
+    return hf_common(config, model_type, architecture) | own | write_rope(config.rope)
 
 
 def _refuse_sliding_window(hf: dict[str, Any], max_positions: int) -> None:

@@ -1,5 +1,6 @@
-"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama's layers, each of which may see a window only; and Mixtral
-(Jiang et al. 2024, arXiv:2401.04088): the same with experts for mlps.
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825) and Mixtral (Jiang et al. 2024, arXiv:2401.04088).
+
+Both are Llama's layers, each of which may see a window only; Mixtral's have experts for mlps.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import expert_weights, read
+from kdjax.models.family import expert_weights, read, with_defaults
 from kdjax.models.hf_windows import read_windows
 
 WEIGHTS = {path: weight for path, weight in llama.WEIGHTS.items() if "bias" not in path}
@@ -24,10 +25,8 @@ DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Return the architecture that a config.json of model_type mistral describes."""
-    known = {
-        key: value for key, value in hf.items() if value is not None and key not in ("sliding_window", "layer_types")
-    }
-    config = llama.config_from_hf(DEFAULTS | known | {"attention_bias": False, "mlp_bias": False})
+    as_llama = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": None}
+    config = llama.config_from_hf(with_defaults(hf, DEFAULTS) | as_llama)
     has_window = hf.get("sliding_window", 4096) is not None
     windows = read_windows(hf, config.layers, lambda layer: has_window, 4096)
     return replace(config, family="mistral", windows=windows)
@@ -35,16 +34,19 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    hf = llama.config_to_hf(config) | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    window = max(config.windows, default=0)
-    return {key: value for key, value in hf.items() if "bias" not in key} | {"sliding_window": window or None}
+    return _to_hf(config, "mistral", "MistralForCausalLM")
+
+
+def _to_hf(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    hf = llama.config_to_hf(config, model_type, architecture, ("attention_bias", "mlp_bias"))
+    return hf | {"sliding_window": max(config.windows, default=0) or None}
 
 
 def mixtral_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Return the architecture that a config.json of model_type mixtral describes."""
-    theta = {} if hf.get("rope_parameters") else {"rope_theta": read(hf, "rope_theta", float, 1e6)}
+    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
     return replace(
-        config_from_hf({"rms_norm_eps": 1e-5} | hf | theta | {"sliding_window": hf.get("sliding_window")}),
+        config_from_hf(with_defaults(hf, defaults) | {"sliding_window": hf.get("sliding_window")}),
         family="mixtral",
         experts=read(hf, "num_local_experts", int, 8),
         experts_per_token=read(hf, "num_experts_per_tok", int, 2),
@@ -53,9 +55,7 @@ def mixtral_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return config_to_hf(config) | {
-        "model_type": "mixtral",
-        "architectures": ["MixtralForCausalLM"],
+    return _to_hf(config, "mixtral", "MixtralForCausalLM") | {
         "num_local_experts": config.experts,
         "num_experts_per_tok": config.experts_per_token,
     }

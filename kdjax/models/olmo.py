@@ -8,7 +8,7 @@ from typing import Any
 
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import Weight
+from kdjax.models.family import Weight, with_defaults
 
 _LAYER = "model.layers.{}."
 
@@ -24,15 +24,13 @@ WEIGHTS = {path: weight for path, weight in llama.WEIGHTS.items() if not _OTHERS
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Return the architecture that a config.json of model_type olmo2 describes."""
-    known = {key: value for key, value in hf.items() if value is not None}
-    config = llama.config_from_hf({"rms_norm_eps": 1e-5} | known | {"mlp_bias": False})
+    config = llama.config_from_hf(with_defaults(hf, {"rms_norm_eps": 1e-5}) | {"mlp_bias": False})
     return replace(config, family="olmo2", norms="after", qk_norm="heads")
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    hf = llama.config_to_hf(config) | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
-    return {key: value for key, value in hf.items() if key != "mlp_bias"}
+    return llama.config_to_hf(config, "olmo2", "Olmo2ForCausalLM", ("mlp_bias",))
 
 
 OLMO2 = replace(llama.LLAMA, config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=WEIGHTS)

@@ -8,7 +8,7 @@ from typing import Any
 from kdjax.errors import UserError
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import Weight, read
+from kdjax.models.family import Weight, read, with_defaults
 from kdjax.models.hf_rope import read_rope
 from kdjax.models.hf_windows import read_windows
 
@@ -24,29 +24,27 @@ WEIGHTS |= {
     for part, name in enumerate(("gate", "up"))
 }
 
+APART = ("sliding_window", "layer_types", "partial_rotary_factor", "rope_scaling", "rope_parameters")
+"""Keys that mean to a Phi-3 what a Llama does not have."""
+
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Return the architecture that a config.json of model_type phi3 describes."""
-    known = {key: value for key, value in hf.items() if value is not None}
-    share = read(hf, "partial_rotary_factor", float, 1.0)
-    scaling = known.get("rope_scaling") or known.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-    if kind != "default":
-        raise UserError(f"rope_scaling is {kind!r}, which kdjax does not compute of a Phi-3; wanted one without it")
-    apart = ("sliding_window", "layer_types", "partial_rotary_factor", "rope_scaling", "rope_parameters")
-    without = {key: value for key, value in known.items() if key not in apart}
-    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-    config = llama.config_from_hf(defaults | without | {"attention_bias": False, "mlp_bias": False})
+    max_positions = read(hf, "max_position_embeddings", int, 4096)
+    rope = read_rope(hf, max_positions, read(hf, "partial_rotary_factor", float, 1.0))
+    if rope.scaling != "none":
+        raise UserError(f"rope_scaling is {rope.scaling!r}, which kdjax does not compute of a Phi-3; wanted none")
+    as_llama = {"attention_bias": False, "mlp_bias": False} | dict.fromkeys(APART)
+    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": max_positions}
+    config = llama.config_from_hf(with_defaults(hf, defaults) | as_llama)
     has_window = hf.get("sliding_window") is not None
-    windows = read_windows(hf, config.layers, lambda layer: has_window, config.max_positions)
-    rope = read_rope(known, config.max_positions, share)
+    windows = read_windows(hf, config.layers, lambda layer: has_window, max_positions)
     return replace(config, family="phi3", rope=rope, windows=windows)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    hf = llama.config_to_hf(config) | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
-    return {key: value for key, value in hf.items() if "bias" not in key} | {
+    return llama.config_to_hf(config, "phi3", "Phi3ForCausalLM", ("attention_bias", "mlp_bias")) | {
         "sliding_window": max(config.windows, default=0) or None,
         "partial_rotary_factor": config.rope.share,
         "original_max_position_embeddings": config.max_positions,

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import Weight, expert_weights, read, refuse_others
+from kdjax.models.family import Weight, expert_weights, read, refuse_others, with_defaults
 
 _ATTENTION = "model.layers.{}.self_attn."
 _BIASED = tuple(f"layers/attention/{name}/bias" for name in "qkv")
@@ -62,24 +62,22 @@ def moe_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def _as_llama(hf: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json with what an absent key means to Qwen, and no key that means something to Llama alone."""
-    known = {key: value for key, value in hf.items() if value is not None}
-    return DEFAULTS | known | {"attention_bias": False, "mlp_bias": False}
+    return with_defaults(hf, DEFAULTS) | {"attention_bias": False, "mlp_bias": False}
 
 
 def qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return _to_hf(config, "Qwen2", "attention_bias", "mlp_bias")
+    return llama.config_to_hf(config, "qwen2", "Qwen2ForCausalLM", ("attention_bias", "mlp_bias"))
 
 
 def qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return _to_hf(config, "Qwen3", "mlp_bias")
+    return llama.config_to_hf(config, "qwen3", "Qwen3ForCausalLM", ("mlp_bias",))
 
 
 def moe_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return _to_hf(config, "Qwen3Moe", "mlp_bias") | {
-        "model_type": "qwen3_moe",
+    return llama.config_to_hf(config, "qwen3_moe", "Qwen3MoeForCausalLM", ("mlp_bias",)) | {
         "moe_intermediate_size": config.mlp_width,
         "num_experts": config.experts,
         "num_experts_per_tok": config.experts_per_token,
@@ -87,11 +85,6 @@ def moe_to_hf(config: ModelConfig) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-
-
-def _to_hf(config: ModelConfig, name: str, *without: str) -> dict[str, Any]:
-    hf = llama.config_to_hf(config) | {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"]}
-    return {key: value for key, value in hf.items() if key not in without}
 
 
 QWEN2 = replace(llama.LLAMA, config_from_hf=qwen2_from_hf, config_to_hf=qwen2_to_hf, weights=QWEN2_WEIGHTS)

@@ -8,22 +8,21 @@ from typing import Any
 from kdjax.errors import UserError
 from kdjax.models import llama
 from kdjax.models.config import ModelConfig
-from kdjax.models.family import read
+from kdjax.models.family import read, with_defaults
 
 DEFAULTS = {
     "max_position_embeddings": 32_768,
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
     "use_sliding_window": False,
+    "rope_theta": 2e6,
 }
 """What an absent key means where it is not what it means in a Llama."""
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Return the architecture that a config.json of model_type smollm3 describes."""
-    known = {key: value for key, value in hf.items() if value is not None}
-    theta = {} if known.get("rope_parameters") else {"rope_theta": read(hf, "rope_theta", float, 2e6)}
-    config = llama.config_from_hf(DEFAULTS | known | theta)
+    config = llama.config_from_hf(with_defaults(hf, DEFAULTS))
     every = read(hf, "no_rope_layer_interval", int, 4)
     default = [int((layer + 1) % every != 0) for layer in range(config.layers)]
     rotated = read(hf, "no_rope_layers", list, default)
@@ -37,9 +36,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of such an architecture; transformers 4 and 5 both read it."""
-    return llama.config_to_hf(config) | {
-        "model_type": "smollm3",
-        "architectures": ["SmolLM3ForCausalLM"],
+    return llama.config_to_hf(config, "smollm3", "SmolLM3ForCausalLM") | {
         "no_rope_layers": [int(layer not in config.unrotated) for layer in range(config.layers)],
         "layer_types": ["full_attention"] * config.layers,
         "use_sliding_window": False,

@@ -118,10 +118,9 @@ class Layer(nn.Module):
         c, keys = self.config, shared.row_keys_B
         attention = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")
         h_BTD, seen, slots = attention(self._before("attention", x_BTD), own, shared, slots)
-        seen_by_mlp_BTD = x_BTD
+        first_BTD = x_BTD
         x_BTD = x_BTD + dropout(self._after("attention", h_BTD), keys, 1 + 2 * own.number, c.dropout)
-        seen_by_mlp_BTD = seen_by_mlp_BTD if c.parallel else x_BTD
-        h_BTD, aux = self._mlp(self._before("mlp", seen_by_mlp_BTD), shared)
+        h_BTD, aux = self._mlp(self._before("mlp", first_BTD if c.parallel else x_BTD), shared)
         x_BTD = x_BTD + dropout(self._after("mlp", h_BTD), keys, 2 + 2 * own.number, c.dropout)
         x_BTD = self.layout(x_BTD, ("batch", "sequence", None))
         seen["hidden"] = x_BTD

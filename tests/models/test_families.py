@@ -172,7 +172,7 @@ def test_what_is_written_reads_back(config):
         (HF["qwen3_moe"] | {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         (HF["qwen3_moe"] | {"num_experts_per_tok": 6}, "experts is 5 and experts_per_token 6"),
         (HF["smollm3"] | {"no_rope_layers": [1]}, "no_rope_layers names 1 layers; wanted 3"),
-        (HF["phi3"] | {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
+        (HF["phi3"] | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling is 'yarn'"),
         (HF["gpt_neox"] | {"num_attention_heads": 5}, "hidden_size 32 does not divide by"),
         (GPT2_HF | {"n_head": 5}, "n_embd 32 does not divide by n_head 5"),
     ],
