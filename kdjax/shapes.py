@@ -32,6 +32,11 @@ DIMENSIONS = {
     "C": "tokens of a chunk",
     "P": "picks of a top-k, or draws",
     "A": "microbatches of a step",
+    "M": "layers of the encoder in an encoder-decoder",
+    "U": "buckets of distances",
+    "X": "token types",
+    "Y": "labels of a classifier",
+    "Z": "model width, once more",
 }
 
 
@@ -46,16 +51,18 @@ class View:
 
     Attributes:
         tokens_BT: token ids, int32.
-        segment_BT: the document a token belongs to, counted from 1 in each row; 0 is padding. Tokens attend
-            to earlier tokens of their own segment only.
+        segment_BT: the document a token belongs to, counted from 1 in each row; 0 is padding. Tokens attend to
+            tokens of their own segment only (a decoder's to earlier ones), and to that segment of the encoder.
         position_BT: the token's position within its segment, from 0.
         encoder: the encoder's view in an encoder-decoder, otherwise None.
+        type_BT: which of two sentences it is in, for encoders that have token types; None means the first.
     """
 
     tokens_BT: Array
     segment_BT: Array
     position_BT: Array
     encoder: View | None = None
+    type_BT: Array | None = None
 
 
 @jax.tree_util.register_dataclass

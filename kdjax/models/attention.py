@@ -17,7 +17,7 @@ from kdjax.shapes import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sight:
-    """What each query may see (itself and earlier keys of its own segment), and how it scores that.
+    """What each query may see, of its own segment, and how it scores that.
 
     Padding is segment 0 and sees itself like any other segment, so no row of the mask is empty and none gives NaN.
 
@@ -26,6 +26,7 @@ class Sight:
         key_segment_BS: segments of the keys; without a cache, those of the queries.
         back_TS: how many slots a key lies before a query; negative where it comes after.
         mask_B1TS: all that a query may see; a kernel that goes by segments leaves it unread.
+        bias_1HTS: added to the scores, float32; None is nothing.
         scale: factor on the scores; None is one over the root of the head width.
         soft_cap: c in ``c·tanh(score/c)``, or None.
     """
@@ -34,32 +35,40 @@ class Sight:
     key_segment_BS: Array
     back_TS: Array
     mask_B1TS: Array
+    bias_1HTS: Array | None = None
     scale: float | None = field(default=None, metadata={"static": True})
     soft_cap: float | None = field(default=None, metadata={"static": True})
 
     def within(self, window: Array | int) -> Sight:
-        """Return the sight of what lies fewer than `window` tokens back."""
-        return replace(self, mask_B1TS=self.mask_B1TS & (self.back_TS < window)[None, None])
+        """Return the sight of what lies fewer than `window` tokens back, or ahead where that is seen."""
+        return replace(self, mask_B1TS=self.mask_B1TS & (jnp.abs(self.back_TS) < window)[None, None])
 
 
 Attention = Callable[[Array, Array, Array, Sight], Array]
 
 
-def see(query_segment_BT: Array, key_segment_BS: Array, first_slot: Array | int = 0) -> Sight:
-    """Return the sight of queries that stand at `first_slot` and after among the keys."""
+def see(query_segment_BT: Array, key_segment_BS: Array, first_slot: Array | int = 0, *, causal: bool = True) -> Sight:
+    """Return the sight of queries that stand at `first_slot` and after among the keys; causal: of no key after them."""
     tokens, slots = query_segment_BT.shape[1], key_segment_BS.shape[1]
     back_TS = (first_slot + jnp.arange(tokens))[:, None] - jnp.arange(slots)[None, :]
     same_BTS = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
-    return Sight(query_segment_BT, key_segment_BS, back_TS, (same_BTS & (back_TS >= 0)[None])[:, None])
+    seen_BTS = same_BTS & (back_TS >= 0)[None] if causal else same_BTS
+    return Sight(query_segment_BT, key_segment_BS, back_TS, seen_BTS[:, None])
 
 
 def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Sight) -> Array:
     """Return scaled dot-product attention, softmax in float32: cuDNN's flash kernel where it can, XLA elsewhere."""
     if sight.soft_cap is not None:
         return _capped(q_BTHK, k_BSGK, v_BSGK, sight, sight.soft_cap)
-    implementation = "cudnn" if _cudnn_can(q_BTHK, k_BSGK) else "xla"
+    implementation = "cudnn" if sight.bias_1HTS is None and _cudnn_can(q_BTHK, k_BSGK) else "xla"
     return jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGK, mask=sight.mask_B1TS, scale=sight.scale, implementation=implementation
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        bias=sight.bias_1HTS,
+        mask=sight.mask_B1TS,
+        scale=sight.scale,
+        implementation=implementation,
     )
 
 
@@ -88,13 +97,15 @@ class Cache:
     """Keys and values of the tokens seen so far, for decoding.
 
     Attributes:
-        k_LBSGK: keys as attention sees them, in the compute dtype.
-        v_LBSGK: values.
+        own: keys (as attention sees them, in the compute dtype) and values, each [L, B, S, G, K].
         segment_BS: the segment in each slot; 0 is padding or not filled yet.
         used: how many slots are filled, a scalar.
+        encoder: keys and values of what the encoder said; None without an encoder, and before it has spoken.
+        encoder_segment_BS: their segments.
     """
 
-    k_LBSGK: Array
-    v_LBSGK: Array
+    own: tuple[Array, Array]
     segment_BS: Array
     used: Array
+    encoder: tuple[Array, Array] | None = None
+    encoder_segment_BS: Array | None = None

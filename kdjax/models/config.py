@@ -8,6 +8,7 @@ from typing import Literal
 from kdjax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+Task = Literal["causal_lm", "masked_lm", "classification", "seq2seq", "embedding"]
 Remat = Literal["none", "dots", "full"]
 
 
@@ -78,13 +79,27 @@ class ModelConfig:
     """The longest sequence it was made for."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    norms: Literal["before", "after", "both"] = "before"
-    """Where attention and mlp are normalised: their input, their output, or both."""
+    norms: Literal["before", "after", "both", "sum"] = "before"
+    """Where each branch is normalised: its input, its output, both, or the sum of it and the residual stream, after
+    which there is no last norm."""
+    embedding_norm: bool = False
+    """Normalise the embeddings."""
+    causal: bool = True
+    """Tokens see earlier ones only; an encoder's see all."""
+    encoder_layers: int = 0
+    """Of an encoder as wide as the decoder, which the decoder's layers attend to; 0: there is none."""
     parallel: bool = False
     """Attention and mlp read the same text, and both are added to it at once."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
-    positions: Literal["rope", "learned"] = "rope"
+    positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative"] = "rope"
+    """Rotary angles, a learned or a fixed embedding, or biases on scores by distance: ALiBi's, T5's learned ones."""
+    first_position: int = 0
+    """The row of the learned table that the first token has."""
+    relative_buckets: int = 32
+    """How many distances `relative` tells apart."""
+    relative_distance: int = 128
+    """Beyond this all distances are one."""
     rope: Rope = Rope()
     unrotated: tuple[int, ...] = ()
     """Layers, counted from 0, whose queries and keys are left unrotated: they know no positions."""
@@ -100,6 +115,7 @@ class ModelConfig:
     out_bias: bool = False
     """A bias on the attention's output projection."""
     mlp_bias: bool = False
+    """A bias in the mlps, and in the head's transform."""
     qk_norm: Literal["none", "head", "heads"] = "none"
     """Over what queries and keys are normalised before they are rotated: each head's width, or all heads at once."""
     experts: int = 0
@@ -108,8 +124,19 @@ class ModelConfig:
     """How many the router picks."""
     normalise_picks: bool = True
     """Divide the probabilities of a token's experts by their sum."""
+    token_types: int = 0
+    """Sentences that an embedding tells apart; 0: it does not."""
+    labels: int = 0
+    """Classes that the head tells apart, by an example's first token; 0: it gives the vocabulary."""
     tie_head: bool = True
     """The head is the transposed embedding."""
+    head_transform: Literal["none", "relu", "tanh", "silu", "gelu", "gelu_tanh"] = "none"
+    """Activation of a dense layer between the last layer and the head."""
+    head_norm: bool = False
+    """A norm between that and the head."""
+    head_bias: bool = False
+    head_scale: float | None = None
+    """Factor on the logits; None is 1."""
     head_soft_cap: float | None = None
     """c in ``c·tanh(logit/c)``."""
     scale_embedding: bool = False
@@ -117,13 +144,24 @@ class ModelConfig:
     dropout: float = 0.0
     """Rate on the embedding and on both residual branches, in training only."""
 
+    @property
+    def task(self) -> Task:
+        """What it can be trained for; an encoder without a head gives embeddings."""
+        if self.encoder_layers:
+            return "seq2seq"
+        if self.causal:
+            return "causal_lm"
+        if self.labels:
+            return "classification"
+        return "embedding" if self.head_transform == "none" else "masked_lm"
+
     def __post_init__(self) -> None:
         """Check what no Transformer can be built from."""
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "max_positions")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("layers", "experts"):
+        for name in ("layers", "encoder_layers", "experts"):
             if getattr(self, name) > MOST:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted at most {MOST:,}")
         if self.heads % self.kv_heads:
@@ -142,7 +180,21 @@ class ModelConfig:
             )
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise UserError(f"windows is {self.windows}; wanted {self.layers}, one for each layer, each from 0")
-        for name in ("attention_scale", "attention_soft_cap", "head_soft_cap"):
+        for name in ("encoder_layers", "first_position", "token_types", "labels"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted at least 0")
+        if self.labels and self.tie_head:
+            raise UserError(f"labels is {self.labels} and tie_head is True; a classifier's head cannot be tied")
+        if self.encoder_layers and not self.causal:
+            raise UserError("encoder_layers is set and causal is False; the decoder of an encoder-decoder is causal")
+        if self.positions == "relative" and not 4 <= self.relative_buckets // 2 < self.relative_distance:
+            raise UserError(
+                f"relative_buckets is {self.relative_buckets} and relative_distance {self.relative_distance}; "
+                "wanted at least 8 buckets, and fewer than twice the distance"
+            )
+        if self.attention_soft_cap is not None and self.positions in ("alibi", "relative"):
+            raise UserError(f"attention_soft_cap cannot go with positions {self.positions!r}; leave out one")
+        for name in ("attention_scale", "attention_soft_cap", "head_soft_cap", "head_scale"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {value}; wanted more than 0, or None")
         if not 0 <= self.dropout < 1:

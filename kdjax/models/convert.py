@@ -57,21 +57,32 @@ def open_directory(directory: Path) -> ModelFile:
         config = family.config_from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    tensors = _tensors(directory, family, config)
+    on_disk = _mapped(directory)
+    config = _untied(family, config, on_disk)
+    tensors = _tensors(directory, family, config, on_disk)
     tokenizer = directory / "tokenizer.json"
     return ModelFile(config, tensors, str(directory), tokenizer if tokenizer.is_file() else None)
 
 
-def _tensors(directory: Path, family: Family, config: ModelConfig) -> dict[str, Any]:
+def _untied(family: Family, config: ModelConfig, on_disk: dict[str, np.ndarray]) -> ModelConfig:
+    """Return the config, its head not tied where another is on disk than the embedding: transformers 5 goes by that."""
+    if not config.tie_head or "head/kernel" not in family.weights:
+        return config
+    head, embedding = (on_disk.get(family.weights[path].name) for path in ("head/kernel", "embed/embedding"))
+    is_copy = head is None or embedding is None or np.array_equal(head, embedding)
+    return config if is_copy else replace(config, tie_head=False)
+
+
+def _tensors(directory: Path, family: Family, config: ModelConfig, on_disk: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the tree of lazy tensors, every tensor on disk accounted for."""
-    sizes, on_disk = sizes_of(config), _mapped(directory)
-    if config.layers * max(1, config.experts) > len(on_disk):
+    sizes = sizes_of(config)
+    if config.encoder_layers + config.layers * max(1, config.experts) > len(on_disk):
         experts = f" of {config.experts} experts" if config.experts else ""
         raise UserError(
             f"{directory} has {len(on_disk)} tensors, too few for the {config.layers} layers{experts} of config.json"
         )
     shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
-    weights = {path: family.weights[path] for path in parameter_paths(shapes)}
+    weights = {path: family.weights_of(config)[path] for path in parameter_paths(shapes)}
     names = {path: weight.names(sizes) for path, weight in weights.items()}
     found = _match(directory, family, on_disk, {name for of_path in names.values() for name in of_path.values()})
 
@@ -179,7 +190,7 @@ def export(
     hf = _hf_config(family, config)
     with files.whole_directory(Path(out)) as directory:
         ids = _write_tokenizer(tokenizer, directory)
-        files.write_json(directory / "config.json", hf | ids | {"torch_dtype": dtype})
+        files.write_json(directory / "config.json", ids | hf | {"torch_dtype": dtype})
         _write_weights(directory, disk_tensors(family, config, params), STORED[dtype])
     return Path(out)
 
@@ -200,7 +211,7 @@ def disk_tensors(family: Family, config: ModelConfig, params: dict[str, Any]) ->
     shapes = parameter_paths(jax.eval_shape(Model(config).init, jax.random.key(0)))
     if {path: leaf.shape for path, leaf in leaves.items()} != {path: leaf.shape for path, leaf in shapes.items()}:
         raise UserError(f"the parameters do not fit their architecture {config}")
-    sizes = sizes_of(config)
+    sizes, weights = sizes_of(config), family.weights_of(config)
 
     @lru_cache(maxsize=3)  # the layers of a parameter follow each other, those of fused ones together
     def whole(path: str) -> np.ndarray:
@@ -208,7 +219,7 @@ def disk_tensors(family: Family, config: ModelConfig, params: dict[str, Any]) ->
         return leaf.all() if isinstance(leaf, LazyTensor) else np.asarray(leaf)
 
     def tensor(paths: list[str], part: tuple[int, ...]) -> LazyTensor:
-        fused = [family.weights[path] for path in paths]
+        fused = [weights[path] for path in paths]
 
         def read(index: Index) -> np.ndarray:
             return to_disk(fused, [whole(path)[part] for path in paths], sizes)[index]
@@ -216,13 +227,13 @@ def disk_tensors(family: Family, config: ModelConfig, params: dict[str, Any]) ->
         return LazyTensor(fused[0].disk_shape(sizes), read)
 
     together: dict[str, list[str]] = {}
-    for path, weight in family.weights.items():
+    for path, weight in weights.items():
         if path in leaves:
             together.setdefault(weight.name, []).append(path)
     return {
         name: tensor(paths, part)
         for paths in together.values()
-        for part, name in family.weights[paths[0]].names(sizes).items()
+        for part, name in weights[paths[0]].names(sizes).items()
     }
 
 

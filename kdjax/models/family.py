@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Weight:
         ours: the letters of our parameter, without a leading L or LE.
         part: which of the fused parts this is.
         less: what the tensor on disk is smaller by, as scales of norms that are stored as their distance from 1.
+        layers: the letter of how many layers there are; M is an encoder's beside a decoder.
     """
 
     name: str
@@ -35,10 +36,11 @@ class Weight:
     ours: str
     part: int | None = None
     less: float = 0.0
+    layers: str = "L"
 
     def names(self, sizes: dict[str, int]) -> dict[tuple[int, ...], str]:
         """Return the names of the tensors by what they are of our parameter: all, a layer, or a layer's expert."""
-        counts = [range(sizes[letter]) for letter in "LE"[: self.name.count("{}")]]
+        counts = [range(sizes[letter]) for letter in (self.layers + "E")[: self.name.count("{}")]]
         return {index: self.name.format(*index) for index in itertools.product(*counts)}
 
     def disk_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -90,6 +92,20 @@ def to_disk(weights: Sequence[Weight], parameters: Sequence[np.ndarray], sizes: 
     return np.concatenate(flat, axis=axis) if len(flat) > 1 else flat[0]
 
 
+def dense(path: str, name: str, disk: str, ours: str) -> dict[str, Weight]:
+    """Return where a kernel and its bias lie: on disk weight and bias, the outputs first."""
+    outputs = disk.partition(",")[0]
+    return {
+        f"{path}/kernel": Weight(f"{name}.weight", disk, ours),
+        f"{path}/bias": Weight(f"{name}.bias", outputs, outputs),
+    }
+
+
+def norm(path: str, name: str) -> dict[str, Weight]:
+    """Return where a LayerNorm's scale and bias lie, which are called weight and bias on disk."""
+    return {f"{path}/scale": Weight(f"{name}.weight", "D", "D"), f"{path}/bias": Weight(f"{name}.bias", "D", "D")}
+
+
 def expert_weights(block: str, *, gate: str, up: str, down: str) -> dict[str, Weight]:
     """Return where the router's and the experts' weights lie, below `block` and by these names of their matrices."""
     expert = block + "experts.{}."
@@ -112,6 +128,7 @@ class Family:
         prefix: what some checkpoints leave out at the beginning of names.
         ignored: a regular expression of names, prefix aside, that hold nothing to load: buffers of old versions, and
             the copy of a tied head.
+        plain: those of the weights that lie elsewhere where mlps are not gated.
     """
 
     config_from_hf: Callable[[dict[str, Any]], ModelConfig]
@@ -119,6 +136,11 @@ class Family:
     weights: dict[str, Weight]
     prefix: str
     ignored: str
+    plain: Mapping[str, Weight] = field(default_factory=dict)
+
+    def weights_of(self, config: ModelConfig) -> dict[str, Weight]:
+        """Return where the weights of an architecture of this family lie; of some that it may not have, too."""
+        return self.weights if config.gated_mlp else {**self.weights, **self.plain}
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
@@ -130,9 +152,14 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "K": config.head_width,
         "F": config.mlp_width,
         "V": config.vocab_size,
-        "T": config.max_positions,
+        "T": config.max_positions + config.first_position,
         "L": config.layers,
         "E": config.experts,
+        "X": config.token_types,
+        "Y": config.labels,
+        "Z": config.width,
+        "M": config.encoder_layers,
+        "U": config.relative_buckets,
         "3": 3,
     }
 
@@ -146,6 +173,7 @@ HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }
 """Hugging Face's name of an activation -> ours; of two names the first is written."""
 

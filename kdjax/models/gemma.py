@@ -143,6 +143,6 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     return _to_hf(config, "Gemma3", "gemma3_text") | write_rope(config.rope) | local
 
 
-_FAMILY = {"prefix": "model.", "ignored": r".*\.rotary_emb\.inv_freq|lm_head\.weight"}
-GEMMA2 = Family(gemma2_from_hf, gemma2_to_hf, GEMMA2_WEIGHTS, **_FAMILY)
-GEMMA3 = Family(gemma3_from_hf, gemma3_to_hf, GEMMA3_WEIGHTS, **_FAMILY)
+_IGNORED = r".*\.rotary_emb\.inv_freq|lm_head\.weight"
+GEMMA2 = Family(gemma2_from_hf, gemma2_to_hf, GEMMA2_WEIGHTS, prefix="model.", ignored=_IGNORED)
+GEMMA3 = Family(gemma3_from_hf, gemma3_to_hf, GEMMA3_WEIGHTS, prefix="model.", ignored=_IGNORED)

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.models.config import ModelConfig
+from kdjax.models.positions import relative_buckets
 from kdjax.shapes import Array
 
 INIT_STD = 0.02
 ACTIVATIONS = {
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -77,7 +80,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table of rows, read by index."""
 
-    name_of_rows: str
+    name_of_rows: str | None
     rows: int
     width: int
     dtype: Any
@@ -91,6 +94,21 @@ class Embedding(nn.Module):
         # Gathered over all but its rows first: a table split both ways would have its result rearranged whole.
         table = self.layout(table, (self.name_of_rows, None))
         return jnp.take(table, index_BT, axis=0).astype(self.dtype)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and bucket of distances, added to the scores of all layers alike."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, back_TS: Array) -> Array:
+        """Return the biases, float32, [1, H, T, S]. Paper: Raffel et al. 2019, T5, arXiv:1910.10683, section 2.1."""
+        c = self.config
+        dims = ((None, c.relative_buckets), ("heads", c.heads))
+        table = parameter(self, "embedding", nn.initializers.normal(INIT_STD), dims)
+        buckets_TS = relative_buckets(back_TS, c.relative_buckets, c.relative_distance, c.causal)
+        return jnp.moveaxis(table.astype(jnp.float32)[buckets_TS], -1, 0)[None]
 
 
 class Norm(nn.Module):

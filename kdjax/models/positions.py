@@ -1,4 +1,7 @@
-"""How a token's place enters the model: rotary angles on queries and keys (learned positions are an `Embedding`)."""
+"""How a token's place enters the model: rotary angles on queries and keys, waves added to embeddings, biases on scores.
+
+What is learned (an `Embedding` of positions, T5's `RelativeBias`) is a module of `kdjax.models.layers`.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,49 @@ def rotate(x_BTHK: Array, waves: tuple[Array, Array]) -> Array:
     first, second, rest = jnp.split(x_BTHK.astype(jnp.float32), (half, 2 * half), axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTHK.dtype)
+
+
+def sinusoids(position_BT: Array, width: int) -> Array:
+    """Return what is added to the embeddings, float32, [B, T, D]: sine and cosine of each frequency, in turn.
+
+    Paper: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    """
+    frequency = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = position_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
+    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return pairs.reshape(*position_BT.shape, -1)[:, :, :width]
+
+
+def alibi(heads: int, back_TS: Array) -> Array:
+    """Return biases on scores that fall with distance, by a slope of each head, float32, [1, H, T, S].
+
+    Slopes are 2^(-8h/n) for n heads, a power of two; for other numbers those of the power below, and of twice that
+    every second one. Paper: Press et al. 2021, ALiBi, arXiv:2108.12409, section 3 and its code.
+    """
+
+    def slopes(count: int) -> list[float]:
+        return [2.0 ** (-8 * (head + 1) / count) for head in range(count)]
+
+    power = 2 ** int(math.log2(heads))
+    of_head = jnp.array(slopes(power) + slopes(2 * power)[::2][: heads - power], jnp.float32)
+    return -(of_head[:, None, None] * jnp.abs(back_TS)[None].astype(jnp.float32))[None]
+
+
+def relative_buckets(back_TS: Array, buckets: int, distance: int, causal: bool) -> Array:
+    """Return the bucket of each distance: one each for short ones, ever wider ones up to `distance` and beyond.
+
+    Without the causal half the buckets' second half is for keys that come after.
+    Source: Raffel et al. 2019, T5, arXiv:1910.10683, section 2.1, and its code.
+    """
+    first_TS = jnp.zeros_like(back_TS)
+    if not causal:
+        buckets //= 2
+        first_TS = jnp.where(back_TS < 0, buckets, 0)
+    back_TS = jnp.maximum(back_TS, 0) if causal else jnp.abs(back_TS)
+    exact = buckets // 2
+    ratio_TS = jnp.log(jnp.maximum(back_TS, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
+    wide_TS = jnp.minimum(exact + (ratio_TS * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return first_TS + jnp.where(back_TS < exact, back_TS, wide_TS)
 
 
 def _length(position_BT: Array, segment_BT: Array) -> Array:

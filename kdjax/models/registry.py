@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdjax.errors import UserError, did_you_mean
+from kdjax.models.bert import BERT, DISTILBERT, ROBERTA
 from kdjax.models.family import Family
 from kdjax.models.gemma import GEMMA2, GEMMA3
 from kdjax.models.gpt2 import GPT2
@@ -13,8 +14,11 @@ from kdjax.models.olmo import OLMO2
 from kdjax.models.phi import PHI3
 from kdjax.models.qwen import QWEN2, QWEN3, QWEN3_MOE
 from kdjax.models.smollm import SMOLLM3
+from kdjax.models.t5 import T5
 
 FAMILIES: dict[str, Family] = {
+    "bert": BERT,
+    "distilbert": DISTILBERT,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "gpt2": GPT2,
@@ -27,7 +31,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
+    "t5": T5,
 }
 """``model_type`` of a config.json -> family."""
 

@@ -1,4 +1,4 @@
-"""The one decoder Transformer of every family, and `Model`: its pure face over plain nested dicts of arrays.
+"""The one Transformer of every family, and `Model`: its pure face over plain nested dicts of arrays.
 
 Layers are stacked on a leading axis and run under `nn.scan`; what differs between families is in `ModelConfig`.
 """
@@ -6,6 +6,7 @@ Layers are stacked on a leading axis and run under `nn.scan`; what differs betwe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,18 +16,28 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.errors import UserError, did_you_mean
-from kdjax.models.attention import Attention, Cache, Sight, attend, see
+from kdjax.models.attention import Attention, Cache, attend, see
+from kdjax.models.blocks import Layer, Own, Shared, write
 from kdjax.models.config import DType, ModelConfig, Remat
-from kdjax.models.experts import Dispatch, Experts, here
-from kdjax.models.layers import Embedding, Layout, Linear, Mlp, Norm, anywhere, branch_std, dropout
-from kdjax.models.positions import rope_waves, rotate
+from kdjax.models.experts import Dispatch, here
+from kdjax.models.layers import (
+    ACTIVATIONS,
+    INIT_STD,
+    Dims,
+    Embedding,
+    Layout,
+    Linear,
+    Norm,
+    RelativeBias,
+    anywhere,
+    dropout,
+    parameter,
+)
+from kdjax.models.positions import alibi, rope_waves, sinusoids
 from kdjax.shapes import Array, Head, Output, View
 
 TAPS = ("hidden", "q", "k", "v")
 """What `Model.apply` can tap in each layer: its output, and the queries, keys and values that attention sees."""
-
-_ALL = 2**30
-"""A window that no text is as long as."""
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -34,116 +45,8 @@ REMAT_POLICIES = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Shared:
-    """What all layers of one call read."""
-
-    sight: Sight
-    waves: tuple[Array, Array] | None
-    local_waves: tuple[Array, Array] | None
-    """Of layers with a window, where these differ."""
-    first_slot: Array | int
-    row_keys_B: Array | None
-    is_real_BT: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Own:
-    """What a layer has of its own besides its parameters; None where all layers are alike. Stacked for the scan."""
-
-    number: Array
-    window: Array | None
-    is_rotated: Array | None
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query attention of a layer."""
-
-    config: ModelConfig
-    dtype: Any
-    attention: Attention
-    layout: Layout
-
-    @nn.compact
-    def __call__(
-        self, x_BTD: Array, own: Own, shared: Shared, slots: tuple[Array, Array] | None
-    ) -> tuple[Array, dict, Any]:
-        """Return the output, its queries, keys and values by name, and the cache's slots with these tokens added."""
-        c, width = self.config, (("embed", self.config.width),)
-        heads = (("heads", c.heads), ("head_width", c.head_width))
-        kv_heads = (("kv_heads", c.kv_heads), ("head_width", c.head_width))
-        seen = {
-            name: Linear(width, dims, c.qkv_bias, self.dtype, name=name)(x_BTD)
-            for name, dims in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        }
-        if c.qk_norm != "none":
-            over = 1 if c.qk_norm == "head" else 2
-            seen |= {name: Norm(c, self.dtype, over, name=f"{name}_norm")(seen[name]) for name in ("q", "k")}
-        waves, window = shared.waves, own.window
-        if window is not None and shared.local_waves is not None:
-            waves = jax.tree.map(partial(jnp.where, window > 0), shared.local_waves, waves)
-        if own.is_rotated is not None and waves is not None:
-            still = jnp.ones_like(waves[0]), jnp.zeros_like(waves[1])
-            waves = jax.tree.map(partial(jnp.where, own.is_rotated), waves, still)
-        if waves is not None:
-            seen |= {name: rotate(seen[name], waves) for name in ("q", "k")}
-        q_BTHK = self.layout(seen["q"], ("batch", "sequence", "heads", None))
-        k_BSGK = self.layout(seen["k"], ("batch", "sequence", "kv_heads", None))
-        v_BSGK = self.layout(seen["v"], ("batch", "sequence", "kv_heads", None))
-        if slots is not None:
-            k_BSGK, v_BSGK = slots = tuple(
-                _write(old, new, shared.first_slot) for old, new in zip(slots, (k_BSGK, v_BSGK), strict=True)
-            )
-        sight = shared.sight if window is None else shared.sight.within(jnp.where(window > 0, window, _ALL))
-        y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, sight)
-        y_BTHK = self.layout(y_BTHK, ("batch", "sequence", "heads", None))
-        return Linear(heads, width, c.out_bias, self.dtype, branch_std(c), name="out")(y_BTHK), seen, slots
-
-
-class Layer(nn.Module):
-    """One layer: attention and mlp, each a residual branch."""
-
-    config: ModelConfig
-    dtype: Any
-    attention: Attention
-    layout: Layout
-    dispatch: Dispatch
-    taps: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self, x_BTD: Array, own: Own, slots: tuple[Array, Array] | None, shared: Shared) -> tuple:
-        """Return the carry of the scan (the residual stream), and this layer's taps, cache slots and further sums."""
-        c, keys = self.config, shared.row_keys_B
-        attention = SelfAttention(c, self.dtype, self.attention, self.layout, name="attention")
-        h_BTD, seen, slots = attention(self._before("attention", x_BTD), own, shared, slots)
-        first_BTD = x_BTD
-        x_BTD = x_BTD + dropout(self._after("attention", h_BTD), keys, 1 + 2 * own.number, c.dropout)
-        h_BTD, aux = self._mlp(self._before("mlp", first_BTD if c.parallel else x_BTD), shared)
-        x_BTD = x_BTD + dropout(self._after("mlp", h_BTD), keys, 2 + 2 * own.number, c.dropout)
-        x_BTD = self.layout(x_BTD, ("batch", "sequence", None))
-        seen["hidden"] = x_BTD
-        return x_BTD, ({name: seen[name] for name in self.taps}, slots, aux)
-
-    def _mlp(self, x_BTD: Array, shared: Shared) -> tuple[Array, dict[str, Array]]:
-        c = self.config
-        if not c.experts:
-            return Mlp(c, self.dtype, self.layout, name="mlp")(x_BTD), {}
-        scores_BTE = Linear((("embed", c.width),), ((None, c.experts),), False, self.dtype, name="router")(x_BTD)
-        return Experts(c, self.dtype, self.dispatch, name="experts")(x_BTD, scores_BTE, shared.is_real_BT)
-
-    def _before(self, branch: str, x_BTD: Array) -> Array:
-        is_there = self.config.norms in ("before", "both")
-        return Norm(self.config, self.dtype, name=f"{branch}_norm")(x_BTD) if is_there else x_BTD
-
-    def _after(self, branch: str, h_BTD: Array) -> Array:
-        is_there = self.config.norms in ("after", "both")
-        return Norm(self.config, self.dtype, name=f"{branch}_after_norm")(h_BTD) if is_there else h_BTD
-
-
-class Transformer(nn.Module):
-    """Embedding, the scanned layers, the last norm; the head's kernel is declared here and applied by the loss."""
+class Stack(nn.Module):
+    """Layers that are scanned, with what they share and the norm after the last; an encoder as it is."""
 
     config: ModelConfig
     dtype: Any
@@ -154,39 +57,53 @@ class Transformer(nn.Module):
     taps: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, view: View, cache: Cache | None = None, row_keys_B: Array | None = None) -> Output:
-        """Return hidden states after the last norm, taps stacked by layer, and the cache with these tokens added."""
-        c = self.config
-        x_BTD = Embedding("vocab", c.vocab_size, c.width, self.dtype, self.layout, name="embed")(view.tokens_BT)
-        if c.scale_embedding:
-            x_BTD = x_BTD * jnp.asarray(c.width**0.5, self.dtype)
-        if c.positions == "learned":
-            table = Embedding("position", c.max_positions, c.width, self.dtype, self.layout, name="positions")
-            x_BTD = x_BTD + table(view.position_BT)
-        x_BTD = self.layout(dropout(x_BTD, row_keys_B, 0, c.dropout), ("batch", "sequence", None))
+    def __call__(self, x_BTD: Array, view: View, row_keys_B: Array | None) -> Array:
+        """Return what an encoder's layers make of embedded tokens."""
+        return self._run(x_BTD, view, row_keys_B)[0]
 
-        first_slot, segment_BS, slots = 0, view.segment_BT, None
+    def _run(
+        self,
+        x_BTD: Array,
+        view: View,
+        row_keys_B: Array | None,
+        encoded_BSD: Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, dict[str, Array], dict[str, Array], Cache | None]:
+        """Return the hidden states, the taps, further sums, and the cache with these tokens added."""
+        c, first_slot, slots = self.config, 0, (None, None)
+        segment_BS, encoder_segment_BS = view.segment_BT, None if view.encoder is None else view.encoder.segment_BT
         if cache is not None:
-            first_slot, slots = cache.used, (cache.k_LBSGK, cache.v_LBSGK)
-            segment_BS = _write(cache.segment_BS, view.segment_BT, first_slot)
-        sight = see(view.segment_BT, segment_BS, first_slot)
+            first_slot, slots = cache.used, (cache.own, cache.encoder)
+            segment_BS = write(cache.segment_BS, view.segment_BT, first_slot)
+            encoder_segment_BS = cache.encoder_segment_BS if encoder_segment_BS is None else encoder_segment_BS
+        sight = see(view.segment_BT, segment_BS, first_slot, causal=c.causal)
         sight = replace(sight, scale=c.attention_scale, soft_cap=c.attention_soft_cap)
+        if c.positions == "alibi":
+            sight = replace(sight, bias_1HTS=alibi(c.heads, sight.back_TS))
+        if c.positions == "relative":
+            sight = replace(sight, bias_1HTS=RelativeBias(c, name="relative")(sight.back_TS))
+        encoder_sight = None
+        if c.encoder_layers:
+            if encoder_segment_BS is None:
+                raise UserError("an encoder-decoder wants a view with an encoder's, or a cache that has seen it")
+            encoder_sight = see(view.segment_BT, encoder_segment_BS, causal=False)
+            encoder_sight = replace(encoder_sight, scale=c.attention_scale)
         waves, local_waves = (
             rope_waves(view.position_BT, view.segment_BT, c.head_width, rope) if rope is not None else None
             for rope in (c.rope if c.positions == "rope" else None, c.local_rope if c.windows else None)
         )
-        layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
         is_rotated_L = jnp.array([n not in c.unrotated for n in range(c.layers)]) if c.unrotated else None
         own = Own(jnp.arange(c.layers), jnp.array(c.windows) if c.windows else None, is_rotated_L)
-        shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, view.segment_BT > 0)
+        is_real_BT = view.segment_BT > 0
+        shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, is_real_BT, encoded_BSD, encoder_sight)
+        layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
         x_BTD, (taps, slots, aux) = layers(x_BTD, own, slots, shared)
-
-        if not c.tie_head and self.is_initializing():
-            Linear((("embed", c.width),), (("vocab", c.vocab_size),), False, self.dtype, name="head")(x_BTD)
         if cache is not None:
-            cache = Cache(slots[0], slots[1], segment_BS, cache.used + view.tokens_BT.shape[1])
-        aux = jax.tree.map(partial(jnp.mean, axis=0), aux)
-        return Output(Norm(c, self.dtype, name="final_norm")(x_BTD), taps, aux, cache)
+            used = cache.used + view.tokens_BT.shape[1]
+            cache = Cache(slots[0], segment_BS, used, slots[1], encoder_segment_BS)
+        if c.norms != "sum":
+            x_BTD = Norm(c, self.dtype, name="final_norm")(x_BTD)
+        return x_BTD, taps, jax.tree.map(partial(jnp.mean, axis=0), aux), cache
 
     def _layers(self) -> Any:
         layer: Any = Layer
@@ -204,9 +121,88 @@ class Transformer(nn.Module):
         )
 
 
-def _write(old_BS: Array, new_BT: Array, first_slot: Array | int) -> Array:
-    """Return the slots (of segments, keys or values) with the new tokens written from `first_slot` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT.astype(old_BS.dtype), first_slot, axis=1)
+class HeadParameters(nn.Module):
+    """The parameters of a head, which the loss applies."""
+
+    inputs: Dims
+    outputs: tuple[str | None, int]
+    kernel: bool
+    bias: bool
+
+    @nn.compact
+    def __call__(self) -> None:
+        """Declare those that there are."""
+        if self.kernel:
+            parameter(self, "kernel", nn.initializers.normal(INIT_STD), (*self.inputs, self.outputs))
+        if self.bias:
+            parameter(self, "bias", nn.initializers.zeros, (self.outputs,))
+
+
+class Transformer(Stack):
+    """Embedding, the layers, what stands before the head; the head's kernel is declared here and applied by the loss.
+
+    An encoder-decoder is a decoder whose layers also see what a second stack makes of `view.encoder`.
+    """
+
+    @nn.compact
+    def __call__(self, view: View, cache: Cache | None = None, row_keys_B: Array | None = None) -> Output:
+        """Return hidden states as the head takes them, taps stacked by layer, and the cache with these tokens added."""
+        c = self.config
+        embed, encoded_BSD = self._embedding(), None
+        if view.encoder is not None:
+            keys_B = None if row_keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, 1)
+            run = self.remat, self.attention, self.layout, self.dispatch
+            encoder = Stack(encoder_config(c), self.dtype, *run, name="encoder")
+            encoded_BSD = encoder(embed(view.encoder, keys_B), view.encoder, keys_B)
+        x_BTD, taps, aux, cache = self._run(embed(view, row_keys_B), view, row_keys_B, encoded_BSD, cache)
+        return Output(self._before_head(x_BTD), taps, aux, cache)
+
+    def _embedding(self) -> Callable[[View, Array | None], Array]:
+        """Return the map from a view to the sum of its embeddings, scaled and normalised where the config says so."""
+        c = self.config
+        table = partial(Embedding, width=c.width, dtype=self.dtype, layout=self.layout)
+        tokens = table("vocab", c.vocab_size, name="embed")
+        places = table("position", c.max_positions + c.first_position, name="positions")
+        types, norm = table(None, c.token_types, name="types"), Norm(c, self.dtype, name="embed_norm")
+
+        def embed(view: View, row_keys_B: Array | None) -> Array:
+            x_BTD = tokens(view.tokens_BT)
+            if c.scale_embedding:
+                x_BTD = x_BTD * jnp.asarray(c.width**0.5, self.dtype)
+            if c.positions == "learned":
+                x_BTD = x_BTD + places(view.position_BT + c.first_position)
+            if c.positions == "sinusoidal":
+                x_BTD = x_BTD + sinusoids(view.position_BT, c.width).astype(self.dtype)
+            if c.token_types:
+                x_BTD = x_BTD + types(jnp.zeros_like(view.tokens_BT) if view.type_BT is None else view.type_BT)
+            x_BTD = norm(x_BTD) if c.embedding_norm else x_BTD
+            return self.layout(dropout(x_BTD, row_keys_B, 0, c.dropout), ("batch", "sequence", None))
+
+        return embed
+
+    def _before_head(self, x_BTD: Array) -> Array:
+        """Return what the head is applied to; declare the head's own parameters."""
+        c, narrow = self.config, (("embed", self.config.width),)
+        name = head_name(c)
+        if c.head_transform != "none":
+            square = Linear(narrow, ((None, c.width),), c.mlp_bias, self.dtype, name=f"{name}_transform")
+            x_BTD = ACTIVATIONS[c.head_transform](square(x_BTD))
+        if c.head_norm:
+            x_BTD = Norm(c, self.dtype, name=f"{name}_norm")(x_BTD)
+        outputs = ("vocab", c.vocab_size) if not c.labels else (None, c.labels)
+        if self.is_initializing():
+            HeadParameters(narrow, outputs, not c.tie_head, c.head_bias, name=name)()
+        return x_BTD
+
+
+def encoder_config(config: ModelConfig) -> ModelConfig:
+    """Return the architecture of the encoder in an encoder-decoder: the decoder's, but that each token sees all."""
+    return replace(config, layers=config.encoder_layers, encoder_layers=0, causal=False, windows=(), unrotated=())
+
+
+def head_name(config: ModelConfig) -> str:
+    """Return what the head's parameters are called."""
+    return "classifier" if config.labels else "head"
 
 
 @dataclass(frozen=True)
@@ -248,7 +244,7 @@ class Model:
         cache: Cache | None = None,
         row_keys_B: Array | None = None,
     ) -> Output:
-        """Return hidden states after the last norm, in the compute dtype.
+        """Return hidden states as the head takes them, in the compute dtype.
 
         Args:
             params: as `init` gives them, in any float dtype.
@@ -265,15 +261,16 @@ class Model:
 
     def head(self, params: dict) -> Head:
         """Return the map from hidden states to logits: the head's own kernel, or the embedding when tied."""
-        w_DV = params["embed"]["embedding"].T if self.config.tie_head else params["head"]["kernel"]
-        return Head(w_DV, vocab_size=self.config.vocab_size, soft_cap=self.config.head_soft_cap)
+        c, own = self.config, params.get(head_name(self.config), {})
+        w_DV = params["embed"]["embedding"].T if c.tie_head else own["kernel"]
+        return Head(w_DV, own.get("bias"), c.labels or c.vocab_size, c.head_soft_cap, c.head_scale)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """Return a cache with room for `slots` tokens in each of `batch` rows."""
+        """Return a cache with room for `slots` tokens in each of `batch` rows; an encoder's view adds its own."""
         c = self.config
         k_LBSGK = jnp.zeros((c.layers, batch, slots, c.kv_heads, c.head_width), self.dtype)
         segment_BS = jnp.zeros((batch, slots), jnp.int32)
-        return Cache(k_LBSGK, jnp.zeros_like(k_LBSGK), segment_BS, jnp.zeros((), jnp.int32))
+        return Cache((k_LBSGK, jnp.zeros_like(k_LBSGK)), segment_BS, jnp.zeros((), jnp.int32))
 
     def _module(self, taps: tuple[str, ...] = ()) -> Transformer:
         return Transformer(
@@ -282,7 +279,9 @@ class Model:
 
     def _boxed(self, key: Array) -> dict:
         token_BT = jnp.zeros((1, 1), jnp.int32)
-        variables: Any = self._module().init(key, View(token_BT, token_BT, token_BT))
+        view = View(token_BT, token_BT, token_BT)
+        view = replace(view, encoder=view) if self.config.encoder_layers else view
+        variables: Any = self._module().init(key, view)
         return variables["params"]
 
 

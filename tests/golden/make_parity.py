@@ -1,6 +1,8 @@
 """Makes the golden files of the parity tests: tiny random models of transformers, their logits and greedy text.
 
-COMMAND: python tests/golden/make_parity.py [NAME ...]   (needs torch and transformers; rewrites directories beside it)
+COMMAND: PYTHONPATH=. python tests/golden/make_parity.py [NAME ...]
+
+It needs torch and transformers, and rewrites the directories beside it.
 """
 
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+
+from benchmarks.models import PIECES, their_logits
 
 HERE = Path(__file__).parent
 LLAMA = {
@@ -35,6 +39,12 @@ YARN = {"rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16
 MOE = LLAMA | {"num_experts_per_tok": 2, "output_router_logits": False}
 NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
 GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "attention_bias": False}
+BERT = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+ROBERTA = BERT | {"pad_token_id": 0, "layer_norm_eps": 1e-5}
+DISTILBERT = {"vocab_size": 128, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48} | {
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
 GPT2 = {
     "vocab_size": 128,
     "n_embd": 32,
@@ -45,6 +55,20 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+T5 = {"vocab_size": 128, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3} | {
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "decoder_start_token_id": 0,
+}
+
+
+def untied(model):
+    """Return a T5 with a head of its own, as those of version 1.1 have; transformers 5 makes only tied ones."""
+    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.shared.weight))
+    return model
+
+
 MODELS = {
     "llama_tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "llama_untied": lambda: transformers.LlamaForCausalLM(
@@ -98,25 +122,47 @@ MODELS = {
             },
         )
     ),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "bert_classifier": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**BERT, num_labels=3)
+    ),
+    "bert_model": lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
+    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**ROBERTA)),
+    "roberta_classifier": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**ROBERTA)),
+    "distilbert": lambda: transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**DISTILBERT)),
+    "distilbert_classifier": lambda: transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(**DISTILBERT)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "t5_gated": lambda: untied(
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        )
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
 }
 
 
 def make(name):
-    """Write one model's directory, with its logits for two rows and the greedy text after the first of them."""
+    """Write one model's directory, with its logits for two rows and pieces of them, and the greedy text it adds."""
     torch.manual_seed(len(name))
     model = MODELS[name]().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key or "ln_" in key or key.endswith("bias"):
+            if "norm" in key.lower() or "ln_" in key or key.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         tokens = torch.randint(1, 128, (2, 12))
-        logits = model(tokens).logits
-        greedy = model.generate(tokens[:1], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = {"tokens": tokens, "logits": their_logits(model, tokens)}
+        for number, (text, length, _, _) in enumerate(PIECES):
+            expected[f"piece_{number}"] = their_logits(model, tokens[text : text + 1, :length])
+        if model.can_generate():
+            ends = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            greedy = model.generate(tokens[:1], max_new_tokens=10, **ends)[0]
+            expected["greedy"] = greedy[-10:]
     model.save_pretrained(HERE / name)
-    (HERE / name / "generation_config.json").unlink()
+    (HERE / name / "generation_config.json").unlink(missing_ok=True)
     (HERE / name / "model.safetensors").chmod(0o644)
-    np.savez_compressed(HERE / name / "expected.npz", tokens=tokens, logits=logits, greedy=greedy[0, 12:])
+    np.savez_compressed(HERE / name / "expected.npz", **expected)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ NORM = "model.layers.1.input_layernorm.weight"
             r"embed_tokens.weight has shape \(128, 32\); its config.json says \(129, 32\)",
         ),
         (TIED, None, {"model_type": "lama"}, "config.json: model_type is 'lama'.*did you mean 'llama'"),
-        (TIED, None, {"hidden_act": "relu"}, "config.json: hidden_act is 'relu'"),
+        (TIED, None, {"hidden_act": "mish"}, "config.json: hidden_act is 'mish'"),
     ],
 )
 def test_a_directory_that_does_not_fit_its_config_is_refused(tmp_path, source, change, config, message):

@@ -22,7 +22,8 @@ LLAMA = FAMILIES["llama"].config_from_hf(LLAMA_HF)
 GPT2 = FAMILIES["gpt2"].config_from_hf(GPT2_HF)
 
 
-NEW = ("mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3")
+NEW = ("mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3", "bert", "bert_classifier", "bert_model")
+NEW += ("roberta", "roberta_classifier", "distilbert", "distilbert_classifier", "t5", "t5_gated")
 QWEN2_HF = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
 QWEN3_HF = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
 QWEN2 = FAMILIES["qwen2"].config_from_hf(QWEN2_HF)
@@ -88,6 +89,22 @@ def test_what_newer_families_say():
     assert FAMILIES["gpt_neox"].config_from_hf(version_4).rope == Rope(500.0, share=0.25)
 
 
+def test_what_encoders_and_encoder_decoders_say():
+    tasks = {name: NEWER[name].task for name in NEW[6:]}
+    assert tasks == {
+        **dict.fromkeys(("bert", "roberta", "distilbert"), "masked_lm"),
+        **dict.fromkeys(("bert_classifier", "roberta_classifier", "distilbert_classifier"), "classification"),
+        **{"bert_model": "embedding", "t5": "seq2seq", "t5_gated": "seq2seq"},
+    }
+    assert NEWER["bert_classifier"].labels == 3 and NEWER["roberta_classifier"].labels == 2
+    assert (NEWER["roberta"].max_positions, NEWER["roberta"].first_position) == (63, 1)
+    t5, gated = NEWER["t5"], NEWER["t5_gated"]
+    assert t5.tie_head and t5.head_scale == 32**-0.5 and not t5.gated_mlp and t5.activation == "relu"
+    assert gated.head_scale is None and gated.gated_mlp and gated.activation == "gelu_tanh"
+    four = without(HF["t5_gated"], "scale_decoder_outputs", "num_decoder_layers") | {"tie_word_embeddings": False}
+    assert FAMILIES["t5"].config_from_hf(four) == replace(gated, tie_head=False)
+
+
 def test_windows_are_read_by_layer():
     assert GEMMA2.windows == (5, 0, 5) and GEMMA3.windows == (5, 5, 0) and MISTRAL.windows == (5, 5, 5)
     assert (GEMMA3.rope, GEMMA3.local_rope) == (Rope(1e3, "linear", 4.0), Rope(1e2))
@@ -124,6 +141,7 @@ def test_absent_keys_mean_what_transformers_means():
         MISTRAL,
         replace(MISTRAL, windows=()),
         GPT2,
+        *(NEWER[name] for name in NEW[6:]),
     ],
     ids=str,
 )
@@ -153,7 +171,7 @@ def test_what_is_written_reads_back(config):
         (LLAMA_HF | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*wanted null"),
         (LLAMA_HF | {"sliding_window": 16}, "sliding_window 16 is in force"),
         (LLAMA_HF | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
-        (LLAMA_HF | {"hidden_act": "relu"}, "hidden_act is 'relu'; wanted one of silu"),
+        (LLAMA_HF | {"hidden_act": "mish"}, "hidden_act is 'mish'; wanted one of silu"),
         (LLAMA_HF | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (without(LLAMA_HF, "hidden_size"), "hidden_size is missing"),
         (LLAMA_HF | {"hidden_size": "32"}, "hidden_size is '32'; wanted a value of type int"),
@@ -174,6 +192,16 @@ def test_what_is_written_reads_back(config):
         (HF["smollm3"] | {"no_rope_layers": [1]}, "no_rope_layers names 1 layers; wanted 3"),
         (HF["phi3"] | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling is 'yarn'"),
         (HF["gpt_neox"] | {"num_attention_heads": 5}, "hidden_size 32 does not divide by"),
+        (HF["bert"] | {"num_attention_heads": 5}, "hidden_size 32 does not divide by"),
+        (HF["bert"] | {"is_decoder": True}, "is_decoder is True, which kdjax does not compute"),
+        (HF["bert"] | {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        (HF["bert"] | {"architectures": ["BertForQuestionAnswering"]}, "a head that kdjax does not compute"),
+        (HF["bert_classifier"] | {"id2label": {}}, "id2label is empty"),
+        (HF["roberta"] | {"pad_token_id": 99}, "max_position_embeddings is 64, none of which is left; wanted 101"),
+        (HF["roberta"] | {"pad_token_id": -1}, "pad_token_id is -1; wanted a number from 0"),
+        (HF["t5"] | {"feed_forward_proj": "gated-mish"}, "feed_forward_proj is 'gated-mish'"),
+        (HF["t5"] | {"architectures": ["T5EncoderModel"]}, "architectures is 'T5EncoderModel'"),
+        (HF["t5"] | {"relative_attention_num_buckets": 4}, "relative_buckets is 4"),
         (GPT2_HF | {"n_head": 5}, "n_embd 32 does not divide by n_head 5"),
     ],
 )
@@ -192,7 +220,8 @@ def test_a_window_longer_than_the_model_is_no_window():
     ("name", "message"),
     [
         ("lama", "did you mean 'llama'"),
-        ("bert", "known: gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2"),
+        ("bort", "did you mean 'bert'"),
+        ("whisper", "known: bert, distilbert, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral"),
         (None, "model_type is None"),
     ],
 )
@@ -218,14 +247,27 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
         "olmo2": replace(NEWER["olmo2"], tie_head=False, qkv_bias=True, out_bias=True),
         "gpt_neox": replace(NEWER["gpt_neox"], tie_head=False),
         "phi3": replace(NEWER["phi3"], tie_head=False),
+        "bert": replace(NEWER["bert"], tie_head=False),
+        "roberta": replace(NEWER["roberta"], tie_head=False, max_positions=41),
+        "distilbert": replace(NEWER["distilbert"], tie_head=False),
+        "t5": replace(NEWER["t5_gated"], tie_head=False),
     }[name]
-    shapes = parameter_paths(jax.eval_shape(Model(config).init, jax.random.key(0)))
-    assert shapes.keys() == FAMILIES[name].weights.keys()
-    sizes = sizes_of(config)
-    for path, shape in shapes.items():
-        ours = tuple(sizes[letter] for letter in FAMILIES[name].weights[path].ours)
-        index = next(reversed(FAMILIES[name].weights[path].names(sizes)))
-        assert shape.shape == (*(last + 1 for last in index), *ours)
+    others = {  # what cannot be in one model with that
+        "bert": NEWER["bert_classifier"],
+        "roberta": NEWER["roberta_classifier"],
+        "distilbert": NEWER["distilbert_classifier"],
+        "t5": NEWER["t5"],
+    }
+    found, family = set(), FAMILIES[name]
+    for each in filter(None, (config, others.get(name))):
+        shapes = parameter_paths(jax.eval_shape(Model(each).init, jax.random.key(0)))
+        sizes, weights = sizes_of(each), family.weights_of(each)
+        for path, shape in shapes.items():
+            ours = tuple(sizes[letter] for letter in weights[path].ours)
+            index = next(reversed(weights[path].names(sizes)))
+            assert shape.shape == (*(last + 1 for last in index), *ours)
+        found |= shapes.keys()
+    assert found == family.weights.keys() >= family.plain.keys()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +283,11 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
         ({"windows": (4,)}, r"windows is \(4,\); wanted 2, one for each layer"),
         ({"windows": (4, -1)}, "each from 0"),
         ({"attention_soft_cap": 0.0}, "attention_soft_cap is 0.0; wanted more than 0, or None"),
+        ({"attention_soft_cap": 5.0, "positions": "alibi"}, "attention_soft_cap cannot go with positions 'alibi'"),
+        ({"labels": 2}, "labels is 2 and tie_head is True"),
+        ({"labels": -1}, "labels is -1; wanted at least 0"),
+        ({"encoder_layers": 2, "causal": False}, "the decoder of an encoder-decoder is causal"),
+        ({"positions": "relative", "relative_buckets": 300}, "wanted at least 8 buckets"),
     ],
 )
 def test_an_impossible_architecture_is_refused(change, message):

@@ -8,7 +8,7 @@ import pytest
 from kdjax.errors import UserError
 from kdjax.models import ModelConfig
 from kdjax.models.config import Rope
-from kdjax.models.positions import SCALINGS, rope_waves, rotate
+from kdjax.models.positions import SCALINGS, alibi, relative_buckets, rope_waves, rotate, sinusoids
 
 K, T = 16, 24
 ROPES = {
@@ -105,3 +105,40 @@ def test_impossible_angles_are_refused(change, message):
 def test_a_growing_base_wants_more_than_one_wave():
     with pytest.raises(UserError, match="head_width is 2, of which 2 are rotated; wanted an even number from 4"):
         ModelConfig(head_width=2, rope=Rope(scaling="dynamic"))
+
+
+def test_sinusoids_against_float64():
+    got = sinusoids(np.array([[0, 1, 7], [3, 0, 500]]), 10)
+    for (row, column), position in np.ndenumerate([[0, 1, 7], [3, 0, 500]]):
+        for pair in range(5):
+            angle = position / 10_000 ** (2 * pair / 10)
+            wanted = [math.sin(angle), math.cos(angle)]
+            np.testing.assert_allclose(got[row, column, 2 * pair : 2 * pair + 2], wanted, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (8, [2.0**-n for n in range(1, 9)]),  # the paper's own example
+        (4, [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]),
+        (6, [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]),  # those of 4, and every second one of 8
+    ],
+)
+def test_alibi_falls_by_the_slopes_of_the_paper(heads, slopes):
+    back = np.arange(5)[:, None] - np.arange(5)[None]
+    wanted = [-slope * np.abs(back) for slope in slopes]
+    np.testing.assert_allclose(alibi(heads, back), np.array(wanted)[None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_buckets_are_single_when_near_and_logarithmic_beyond(causal):
+    back = np.arange(-40, 41)[None]
+    got = np.asarray(relative_buckets(back, 16, 32, causal))[0]
+    for distance, bucket in zip(back[0], got, strict=True):
+        half, side = (16, 0) if causal else (8, 8 if distance < 0 else 0)
+        near = max(distance, 0) if causal else abs(int(distance))
+        if near < half // 2:
+            assert bucket == side + near
+            continue
+        exact = half // 2 + math.log(near / (half // 2)) / math.log(32 / (half // 2)) * (half - half // 2)
+        assert bucket == side + min(int(exact + 1e-6), half - 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.models import TAPS, Model, ModelConfig, parameter_count, transformer
+from kdjax.models import TAPS, Model, ModelConfig, blocks, parameter_count, transformer
 from kdjax.models.attention import attend
 from kdjax.models.config import Rope
 from kdjax.models.layers import dropout
@@ -29,6 +29,15 @@ MOE = replace(
     LLAMA, family="mixtral", experts=4, parallel=True, qk_norm="heads", unrotated=(1,), rope=Rope(1e2, share=0.5)
 )
 """With what else is rare."""
+T5 = replace(
+    LLAMA, family="t5", encoder_layers=2, positions="relative", relative_buckets=8, relative_distance=6,
+    attention_scale=1.0, norm_eps=1e-6, head_scale=0.2, activation="relu", gated_mlp=False,
+)  # fmt: skip
+BIASED = [replace(LLAMA, positions=kind) for kind in ("alibi", "sinusoidal", "relative")]
+ENCODER = replace(
+    GPT2, family="bert", causal=False, norms="sum", embedding_norm=True, token_types=2, head_transform="gelu",
+    head_norm=True, head_bias=True, dropout=0.0,
+)  # fmt: skip
 BY_NAME = {"llama": LLAMA, "gpt2": GPT2, "gemma": GEMMA, "moe": MOE}
 CONFIGS = pytest.mark.parametrize("config", BY_NAME.values(), ids=BY_NAME)
 ALL_CONFIGS = pytest.mark.parametrize("config", [*BY_NAME.values(), UNTIED], ids=[*BY_NAME, "untied"])
@@ -252,11 +261,12 @@ def test_every_site_of_every_layer_drops_by_its_own_number(monkeypatch):
         jax.debug.callback(lambda number: sites.append(int(number)), site)
         return dropout(x_BTD, row_keys_B, site, rate)
 
-    monkeypatch.setattr(transformer, "dropout", noted)
+    for module in (transformer, blocks):
+        monkeypatch.setattr(module, "dropout", noted)
     keys = jax.random.split(jax.random.key(0), 2)
     Model(GPT2).apply(params_of(GPT2), plain_view(some_tokens(2, 8)), row_keys_B=keys).hidden_BTD.block_until_ready()
     jax.effects_barrier()
-    assert sorted(sites) == list(range(1 + 2 * GPT2.layers))
+    assert len(sites) == len(set(sites)) == 1 + 2 * GPT2.layers
 
 
 def test_dropout_masks_differ_between_sites_and_keep_the_mean():
@@ -277,8 +287,50 @@ def test_cached_calls_equal_one_whole_call(config):
         part = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], view)
         output = run(model, params, part, cache=cache)
         cache, parts = output.cache, [*parts, output.hidden_BTD]
-    assert int(cache.used) == 8 and cache.k_LBSGK.shape == (3, 2, 12, config.kv_heads, 8)
+    assert int(cache.used) == 8 and cache.own[0].shape == (3, 2, 12, config.kv_heads, 8)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", BIASED, ids=lambda config: config.positions)
+def test_positions_count_within_a_text_and_in_the_cache(config):
+    model, params, tokens = Model(config), params_of(config), some_tokens(1, 8)
+    alone = run(model, params, plain_view(tokens)).hidden_BTD
+    other = some_tokens(1, 5, seed=1)
+    packed = View(np.concatenate([other, tokens], 1), np.array([[1] * 5 + [2] * 8]), np.array([[*range(5), *range(8)]]))
+    np.testing.assert_allclose(run(model, params, packed).hidden_BTD[:, 5:], alone, atol=1e-5)
+    swapped = tokens[:, [1, 0, *range(2, 8)]]
+    assert np.abs(run(model, params, plain_view(swapped)).hidden_BTD[:, -1] - alone[:, -1]).max() > 1e-4
+    first = jax.tree.map(lambda x: x[:, :5], plain_view(tokens))
+    output = run(model, params, first, cache=model.empty_cache(1, 9))
+    rest = run(model, params, jax.tree.map(lambda x: x[:, 5:], plain_view(tokens)), cache=output.cache)
+    np.testing.assert_allclose(rest.hidden_BTD, alone[:, 5:], atol=1e-5)
+
+
+def test_a_decoder_reads_its_encoder_once():
+    model, params, tokens = Model(T5), params_of(T5), some_tokens(2, 8)
+    view = replace(plain_view(tokens), encoder=plain_view(some_tokens(2, 11, seed=1)))
+    whole = run(model, params, view).hidden_BTD
+    first = replace(jax.tree.map(lambda x: x[:, :5], plain_view(tokens)), encoder=view.encoder)
+    output = run(model, params, first, cache=model.empty_cache(2, 9))
+    assert output.cache.encoder[0].shape == (3, 2, 11, 2, 8)
+    rest = run(model, params, jax.tree.map(lambda x: x[:, 5:], plain_view(tokens)), cache=output.cache)
+    np.testing.assert_allclose(np.concatenate([output.hidden_BTD, rest.hidden_BTD], 1), whole, atol=1e-5)
+    other = replace(view, encoder=plain_view(some_tokens(2, 11, seed=2)))
+    assert np.abs(run(model, params, other).hidden_BTD - whole).max() > 1e-3
+    with pytest.raises(UserError, match="wants a view with an encoder's"):
+        run(model, params, plain_view(tokens))
+
+
+def test_an_encoder_sees_what_follows_and_knows_token_types():
+    model, params, tokens = Model(ENCODER), params_of(ENCODER), some_tokens(1, 6)
+    before = run(model, params, plain_view(tokens)).hidden_BTD
+    later = tokens.copy()
+    later[0, -1] = (later[0, -1] + 1) % 97
+    assert np.abs(run(model, params, plain_view(later)).hidden_BTD[:, 0] - before[:, 0]).max() > 1e-4
+    first = replace(plain_view(tokens), type_BT=np.zeros_like(tokens))
+    second = replace(plain_view(tokens), type_BT=np.ones_like(tokens))
+    np.testing.assert_array_equal(run(model, params, first).hidden_BTD, before)
+    assert np.abs(run(model, params, second).hidden_BTD - before).max() > 1e-4
 
 
 def test_another_attention_kernel_takes_the_place():
