@@ -128,6 +128,9 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
     if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
         sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
         raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
+    if teacher is not None and student.model.config.labels != teacher.model.config.labels:
+        sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
+        raise UserError(f"the student tells {sizes}; wanted the same classes")
     return student, teacher
 
 
@@ -160,16 +163,43 @@ def build(config: Config) -> Job:
     place.check_batch(config.batch_size, config.microbatches)
     student, teacher = models(config, place)
     _check_length(config, student, teacher)
+    task = _task(config, student, teacher)
     tokenizer = _tokenizer(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
     loader = data.build(
-        config.data,
+        replace(config.data, task=task),
         tokenizer,
         batch_size=config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        start_token=student.model.config.start_token,
+        labels=student.model.config.labels,
     )
     return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))
+
+
+def _task(config: Config, student: Named, teacher: Named | None) -> Any:
+    """Return what of an example is predicted.
+
+    Raises:
+        UserError: the models are made for other tasks, or have no logits to compare.
+    """
+    task = student.model.config.task if config.data.task == "auto" else config.data.task
+    for who, named in (("student", student), ("teacher", teacher)):
+        made_for = task if named is None else named.model.config.task
+        if made_for != task and (task, made_for) != ("embedding", "masked_lm"):
+            raise UserError(
+                f"the {who} is made for {made_for} but the data is to be that of {task}; wanted models of one kind, "
+                "and data.task auto or that kind"
+            )
+    if task == "embedding" and config.objective.logits:
+        raise UserError(
+            "an encoder without a head has no logits; set objective.logits to False, and name what to compare of its "
+            "layers in objective.features"
+        )
+    if config.prompt and not student.model.config.causal:
+        raise UserError(f"prompt is {config.prompt!r}, but an encoder continues no text; leave it empty")
+    return task
 
 
 def _check_length(config: Config, student: Named, teacher: Named | None) -> None:
@@ -218,7 +248,7 @@ def _sizes(model: Model) -> Sizes:
     c = model.config
     kv_width = c.kv_heads * c.head_width
     widths = {"hidden": c.width, "q": c.heads * c.head_width, "k": kv_width, "v": kv_width}
-    return Sizes(c.layers, c.kv_heads, widths)
+    return Sizes(c.layers, c.kv_heads, widths, c.causal)
 
 
 def _tokenizer(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:

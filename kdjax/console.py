@@ -78,6 +78,7 @@ EVALUATION = {
     "eval_kl": ("KL to teacher", amount),
     "eval_agreement": ("agreement", percent),
     "eval_perplexity": ("perplexity", amount),
+    "eval_features": ("inner layers", amount),
 }
 """What is shown of an evaluation's row: label and format."""
 
@@ -157,6 +158,7 @@ Figures = Mapping[str, tuple[str, Callable[[Any], str]]]
 FIGURES: Figures = {
     "perplexity": ("perplexity_{}", amount),
     "KL to teacher\n(nats)": ("kl_{}", amount),
+    "inner\nlayers": ("features_{}", amount),
     "top-1\nagreement": ("agreement_{}", percent),
     "parameters": ("parameters_{}", count),
     "tokens/s": ("tokens_per_second_{}", count),

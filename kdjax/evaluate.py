@@ -20,11 +20,16 @@ from kdjax.step import Recipe, loss_sums
 
 
 def sums_of(params: Any, frozen: Any, batch: Batch, recipe: Recipe) -> dict[str, Array]:
-    """Return a batch's summed cross entropies (nats), KL(teacher ‖ student) at temperature 1, agreements and tokens."""
-    chunks = {name: getattr(recipe.objective, name) for name in ("chunk_tokens", "chunk_mib", "implementation")}
-    objective = ObjectiveConfig(alpha=0.0, **chunks)
-    _, parts = loss_sums(replace(recipe, objective=objective), params, frozen, batch)
-    sums = parts | {"ce_tokens": jnp.sum(batch.ce_weight_BR), "kd_tokens": jnp.sum(batch.kd_weight_BR)}
+    """Return a batch's summed cross entropies (nats), KL(teacher ‖ student) at temperature 1, agreements and tokens.
+
+    Where the objective leaves logits out, its features' weighted sum is all there is.
+    """
+    if recipe.objective.logits:
+        chunks = {name: getattr(recipe.objective, name) for name in ("chunk_tokens", "chunk_mib", "implementation")}
+        recipe = replace(recipe, objective=ObjectiveConfig(alpha=0.0, **chunks))
+    loss, parts = loss_sums(recipe, params, frozen, batch)
+    sums = parts if recipe.objective.logits else {"features": loss}
+    sums = sums | {"ce_tokens": jnp.sum(batch.ce_weight_BR), "kd_tokens": jnp.sum(batch.kd_weight_BR)}
     if recipe.axis_name is None:
         return sums
     return jax.tree.map(lambda x: lax.psum(x, recipe.axis_name), sums)
@@ -40,12 +45,14 @@ def evaluate(sums_of: Callable[[Batch], dict[str, Array]], batches: Iterable[Bat
     Returns:
         `ce`, `perplexity` = exp(summed CE / tokens), `tokens`, `seconds`; with a teacher also `kl` (nats a token),
         `agreement`, both models' mean confidence (probability of the likeliest token) and entropy (nats), `teacher_ce`
-        and `teacher_perplexity`.
+        and `teacher_perplexity`. Without logits `features`, the objective's sum over features a token, instead.
     """
     began, sums = time.perf_counter(), Counter()
     for batch in batches:
         sums.update({name: float(value) for name, value in sums_of(batch).items()})
-    tokens, pairs = sums["ce_tokens"], {"ce": (sums["ce"], sums["ce_tokens"])}
+    tokens, pairs = sums["ce_tokens"], {"ce": (sums["ce"], sums["ce_tokens"])} if "ce" in sums else {}
+    if "features" in sums:
+        pairs["features"] = (sums["features"], sums["kd_tokens"])
     if "kd" in sums:
         pairs |= {
             "kl": (sums["kd"], sums["kd_tokens"]),

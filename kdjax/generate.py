@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,7 @@ def generate(
     seed: int = 0,
     eos_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return each prompt's continuation, up to and with the first of `eos_ids`.
+    """Return each prompt's continuation, up to and with the first of `eos_ids`; of an encoder-decoder what it answers.
 
     A draw depends on the seed, the prompt's number and the step alone.
 
@@ -71,6 +71,8 @@ def generate(
     _check_prompts(model, prompts, max_new_tokens)
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     view = _left_padded(prompts)
+    if model.config.encoder_layers:
+        view = replace(_left_padded([[model.config.start_token]] * len(prompts), unit=1), encoder=view)
     tokens_BN = np.asarray(_run(model, sampling, max_new_tokens, tuple(eos_ids), params, view, keys_B))
     return [_until_eos(row.tolist(), eos_ids) for row in tokens_BN]
 
@@ -78,6 +80,8 @@ def generate(
 def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
+    if not model.config.causal:
+        raise UserError("the model is an encoder, which continues no text; wanted a decoder or an encoder-decoder")
     limit, vocab_size = model.config.max_positions, model.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -85,16 +89,16 @@ def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_token
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             bad = min(prompt) if min(prompt) < 0 else max(prompt)
             raise UserError(f"prompt {number} has token {bad}, outside the model's vocabulary of {vocab_size}")
-        if len(prompt) + max_new_tokens > limit:
+        if not model.config.encoder_layers and len(prompt) + max_new_tokens > limit:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for; "
                 f"the model holds {limit} positions: shorten the prompt or lower max_new_tokens"
             )
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> View:
+def _left_padded(prompts: Sequence[Sequence[int]], unit: int = PROMPT_UNIT) -> View:
     """Return the prompts ending in the same column, padding (segment 0) before them."""
-    width = -(-max(map(len, prompts)) // PROMPT_UNIT) * PROMPT_UNIT
+    width = -(-max(map(len, prompts)) // unit) * unit
     tokens_BT, segment_BT, position_BT = (np.zeros((len(prompts), width), np.int32) for _ in range(3))
     for row, prompt in enumerate(prompts):
         tokens_BT[row, -len(prompt) :] = prompt

@@ -95,17 +95,19 @@ def loss_sums(
         params["student"], batch.student, taps=tuple(tapped(features, 0)), row_keys_B=row_keys_B
     )
     signal = recipe.signal_of(frozen, batch)
-    loss, parts = fused_kd_loss(
-        pick_rows(output.hidden_BTD, batch.student_rows_BR),
-        recipe.model.head(params["student"]),
-        signal,
-        batch.targets_BR.reshape(-1),
-        batch.ce_weight_BR.reshape(-1),
-        batch.kd_weight_BR.reshape(-1),
-        recipe.objective,
-        progress=progress,
-        shard=recipe.shard,
-    )
+    loss, parts = jnp.zeros(()), {}
+    if recipe.objective.logits:
+        loss, parts = fused_kd_loss(
+            pick_rows(output.hidden_BTD, batch.student_rows_BR),
+            recipe.model.head(params["student"]),
+            signal,
+            batch.targets_BR.reshape(-1),
+            batch.ce_weight_BR.reshape(-1),
+            batch.kd_weight_BR.reshape(-1),
+            recipe.objective,
+            progress=progress,
+            shard=recipe.shard,
+        )
     if _balances(recipe):
         balance = output.aux["load_balance"] * jnp.sum(batch.student.segment_BT > 0) * token_weight
         loss, parts = loss + recipe.objective.load_balance * balance, parts | {"load_balance": balance}

@@ -52,7 +52,11 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
 
 def named_figures(figures: Mapping[str, float], when: str) -> Summary:
     """Return an evaluation's figures under the names of summary.json."""
-    own = {f"{name}_{when}": figures[name] for name in ("kl", "ce", "perplexity", "agreement") if name in figures}
+    own = {
+        f"{name}_{when}": figures[name]
+        for name in ("kl", "ce", "perplexity", "agreement", "features")
+        if name in figures
+    }
     return own | {
         f"{name}_teacher": figures[f"teacher_{name}"] for name in ("ce", "perplexity") if f"teacher_{name}" in figures
     }

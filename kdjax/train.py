@@ -271,7 +271,11 @@ def _save(run: Run) -> None:
         return
     look = run.looks.get(run.step, {})
     run.checkpoints.save(
-        run.step, run.state, run.data_state or {}, configs.to_json(config), look.get("kl", look.get("ce"))
+        run.step,
+        run.state,
+        run.data_state or {},
+        configs.to_json(config),
+        look.get("kl", look.get("ce", look.get("features"))),
     )
     run.saved = run.step
 

@@ -87,7 +87,7 @@ def test_models_of_two_vocabularies_are_refused(config):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(config):
     small = replace(config.student, architecture=replace(SMALL, vocab_size=100))
-    refused(replace(config, student=small, teacher=small), "tokenizer does not fit the model: it has ids up to 258")
+    refused(replace(config, student=small, teacher=small), "tokenizer does not fit the model: it has ids up to 259")
 
 
 def test_random_models_need_a_tokenizer(config):

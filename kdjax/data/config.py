@@ -9,10 +9,13 @@ from typing import Literal, get_args
 from kdjax.errors import UserError
 
 Packing = Literal["concat", "first_fit"]
+Task = Literal["auto", "causal_lm", "masked_lm", "classification", "seq2seq", "embedding"]
 
 
 _LIMITS = {
     "sequence_length": (2, math.inf),
+    "target_length": (0, math.inf),
+    "mask_fraction": (0.001, 0.999),
     "eval_fraction": (0.0, 0.999),
     "eval_tokens": (1, math.inf),
     "dedupe_ngram": (0, math.inf),
@@ -34,8 +37,14 @@ class DataConfig:
     """Empty takes the model's; `bytes`, a tokenizer.json, or a directory that has one."""
     chat_template: str = ""
     """A file with a jinja template for `messages`; empty takes the tokenizer's own, or ChatML."""
+    task: Task = "auto"
+    """What of an example is predicted, a row of kdjax.data.tasks.TASKS; auto: what the student is made for."""
+    mask_fraction: float = 0.15
+    """masked_lm: the share of the tokens that is to be found."""
     sequence_length: int = 256
-    """Tokens of a row."""
+    """Tokens of a row; beside an encoder, of the encoder's."""
+    target_length: int = 0
+    """seq2seq: tokens of a decoder's row; 0 is as many as the encoder's."""
     packing: Packing = "concat"
     """`concat` wastes nothing, and a long document goes on in the next row; `first_fit` never cuts an example, which
     prompts with answers and messages need."""
@@ -59,10 +68,22 @@ class DataConfig:
     """The column of answers, which carry the loss."""
     messages_field: str = "messages"
     """The column of conversations (lists of role and content); the loss is on the assistant's turns."""
+    label_field: str = "label"
+    """classification: the column of the text's class, a whole number from 0."""
     max_bad_rows: int = 0
     """Unreadable or over-long rows that are skipped and counted before they are an error."""
     max_shards: int = 64
     """Most pieces that the data is dealt into; a run may use as many processes, and change their number."""
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The length of each part of a row."""
+        if self.task == "causal_lm" or self.task == "auto":
+            return dict.fromkeys(("tokens", "weight"), self.sequence_length)
+        if self.task != "seq2seq":
+            return dict.fromkeys(("tokens", "weight", "targets"), self.sequence_length)
+        own = dict.fromkeys(("tokens", "weight", "targets"), self.target_length or self.sequence_length)
+        return own | {"inputs": self.sequence_length}
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -72,6 +93,12 @@ class DataConfig:
                 raise UserError(f"data.{name} is {values[name]}; it must be {bound}")
         if self.packing not in get_args(Packing):
             raise UserError(f"data.packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
+        if self.task not in get_args(Task):
+            raise UserError(f"data.task is {self.task!r}; it must be one of {', '.join(get_args(Task))}")
+        if self.task in ("classification", "seq2seq") and self.packing != "first_fit":
+            raise UserError(
+                f"packing {self.packing!r} would cut the examples of {self.task}; set data.packing to first_fit"
+            )
         if not self.sources:
             raise UserError("data.sources is empty; name at least one, python_docs for example")
         if self.weights and len(self.weights) != len(self.sources):

@@ -20,10 +20,11 @@ from kdjax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its kind, and its parts as (role, text) in order."""
+    """One row: its kind, its parts as (role, text) in order, and the class of a text that has one."""
 
     kind: Literal["text", "answer", "messages"]
     parts: tuple[tuple[str, str], ...]
+    label: int | None = None
 
     @property
     def document(self) -> str:
@@ -48,7 +49,9 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
             raise UserError(f"{where}: field {config.answer_field!r} is empty, so there is nothing to learn")
         return Example("answer", parts)
     if config.text_field in has:
-        return Example("text", (("text", _text(record[config.text_field], f"{where}, field {config.text_field!r}")),))
+        text = _text(record[config.text_field], f"{where}, field {config.text_field!r}")
+        label = _label(record, config.label_field, where) if config.task == "classification" else None
+        return Example("text", (("text", text),), label)
     wanted = (
         f"{config.text_field!r}, {config.prompt_field!r} with {config.answer_field!r}, or {config.messages_field!r}"
     )
@@ -67,6 +70,19 @@ def _text(value: Any, where: str) -> str:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise UserError(f"{where} is not UTF-8 ({error.reason} at {error.start})") from None
     return text
+
+
+def _label(record: Mapping[str, Any], name: str, where: str) -> int:
+    value = record.get(name)
+    try:
+        if value is None or isinstance(value, bool) or int(value) != float(value) or int(value) < 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{where}, field {name!r} is {value!r}; wanted the text's class, a whole number from 0; "
+            "name its column with data.label_field"
+        ) from None
+    return int(value)
 
 
 def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:

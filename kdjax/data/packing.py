@@ -1,7 +1,11 @@
-"""From examples to rows of one length, and from rows to a `Batch`: here, once, targets are shifted by one token."""
+"""From examples to rows of one length, and from rows to a `Batch`.
+
+Here, once, targets are shifted by one token, where examples do not bring them in their places.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,18 +17,19 @@ from kdjax.data.config import Packing
 from kdjax.shapes import Batch, View
 
 Row = Mapping[str, np.ndarray]
-"""`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length."""
+"""`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length;
+maybe `targets`; and the first three of an encoder's `inputs`."""
 
 _BINS = 16
 """Rows that first-fit fills at a time: more waste less, and read further ahead."""
 
 
 def pack(
-    examples: grain.MapDataset, packing: Packing, length: int, shuffle_seed: int | None = None
+    examples: grain.MapDataset, packing: Packing, lengths: Mapping[str, int], shuffle_seed: int | None = None
 ) -> grain.IterDataset:
-    """Return the examples' tokens and weights as rows of `length`; first-fit's rows are shuffled if a seed is given."""
+    """Return the parts of examples as rows of these lengths; first-fit's rows are shuffled if a seed is given."""
     stream = examples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    lengths = {"tokens": length, "weight": length}
+    lengths = dict(lengths)
     if packing == "concat":
         return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=lengths)
     return grain.experimental.FirstFitPackIterDataset(
@@ -49,41 +54,43 @@ def set_state(iterator: grain.DatasetIterator, state: dict[str, Any]) -> None:
     iterator.set_state(state)
 
 
-def empty_row(length: int) -> Row:
+def empty_row(like: Row) -> Row:
     """Return a row of padding, which weighs nothing."""
-    zeros = np.zeros(length, np.int32)
-    return {
-        "tokens": zeros,
-        "tokens_segment_ids": zeros,
-        "tokens_positions": zeros,
-        "weight": np.zeros(length, np.float32),
-    }
+    return {name: np.zeros_like(values) for name, values in like.items()}
 
 
 def to_batch(rows: Sequence[Row]) -> Batch:
-    """Return the rows as one batch: each position that has a next token in its own segment, with that as target.
+    """Return the rows as one batch: each position that has a target, which has its weight.
 
-    The weight is that of the target. Positions come first that have one; the rest of `student_rows_BR`, which is as
-    long as the row, is 0 with target 0 and weight 0.
+    Where rows bring no `targets`, that is the next token, if it is of the same segment. Positions come first that have
+    one; the rest of `student_rows_BR`, which is as long as the row, is 0 with target 0 and weight 0.
     """
-    tokens_BT, segment_BT, position_BT = (
-        np.stack([row[name] for row in rows]).astype(np.int32)
-        for name in ("tokens", "tokens_segment_ids", "tokens_positions")
-    )
-    token_weight_BT = np.stack([row["weight"] for row in rows]).astype(np.float32)
-    follows_BT = (segment_BT > 0) & (segment_BT == _next(segment_BT))
-    weight_BT = np.where(follows_BT, _next(token_weight_BT), np.float32(0))
+    view, weight_BT = _view(rows, "tokens"), np.stack([row["weight"] for row in rows]).astype(np.float32)
+    if "targets" in rows[0]:
+        targets_BT = np.stack([row["targets"] for row in rows]).astype(np.int32)
+        weight_BT = np.where(view.segment_BT > 0, weight_BT, np.float32(0))
+    else:
+        targets_BT, segment_BT = _next(view.tokens_BT), view.segment_BT
+        follows_BT = (segment_BT > 0) & (segment_BT == _next(segment_BT))
+        weight_BT = np.where(follows_BT, _next(weight_BT), np.float32(0))
     rows_BR = np.argsort(weight_BT == 0, axis=1, kind="stable").astype(np.int32)
     weight_BR = np.take_along_axis(weight_BT, rows_BR, axis=1)
-    targets_BR = np.take_along_axis(_next(tokens_BT), rows_BR, axis=1)
+    targets_BR = np.take_along_axis(targets_BT, rows_BR, axis=1)
     counts_BR = weight_BR != 0
     return Batch(
-        student=View(tokens_BT, segment_BT, position_BT),
+        student=dataclasses.replace(view, encoder=_view(rows, "inputs")) if "inputs" in rows[0] else view,
         student_rows_BR=np.where(counts_BR, rows_BR, 0).astype(np.int32),
         targets_BR=np.where(counts_BR, targets_BR, 0).astype(np.int32),
         ce_weight_BR=weight_BR,
         kd_weight_BR=weight_BR,
     )
+
+
+def _view(rows: Sequence[Row], name: str) -> View:
+    tokens_BT, segment_BT, position_BT = (
+        np.stack([row[name + suffix] for row in rows]).astype(np.int32) for suffix in ("", "_segment_ids", "_positions")
+    )
+    return View(tokens_BT, segment_BT, position_BT)
 
 
 def _next(values_BT: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ import numpy as np
 
 from kdjax.data import packing
 from kdjax.data.config import DataConfig
-from kdjax.data.examples import encode_example, to_example
+from kdjax.data.examples import to_example
 from kdjax.data.holdout import Rows, split_documents
 from kdjax.data.packing import Row, to_batch
 from kdjax.data.prefetch import ahead
 from kdjax.data.shards import Layout, lay_out, local_rows
 from kdjax.data.sources import Source, open_source
+from kdjax.data.tasks import TASKS, Facts
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
 from kdjax.shapes import Batch
@@ -37,8 +38,8 @@ State = dict[str, Any]
 Place = tuple[int, int]
 """Which source, and which row of it."""
 
-Encode = Callable[[Place], dict[str, np.ndarray] | None]
-"""The tokens and weights of the example at a place; None where it is skipped."""
+Encode = Callable[[Place, np.random.Generator], dict[str, np.ndarray] | None]
+"""The tokens, weights and targets of the example at a place; None where it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Data:
         mine = local_rows(batch_size, self.layout.process_index, self.layout.process_count)
         rows = list(self.held_out)
         if rows:
-            rows += [packing.empty_row(len(rows[0]["tokens"]))] * (-len(rows) % batch_size)
+            rows += [packing.empty_row(rows[0])] * (-len(rows) % batch_size)
         starts = range(0, len(rows), batch_size)
         return [to_batch([rows[start + row] for row in mine]) for start in starts]
 
@@ -138,16 +139,32 @@ class Data:
 
 
 def build(
-    config: DataConfig, tokenizer: Tokenizer, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_token: int = 0,
+    labels: int = 0,
 ) -> Data:
     """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
 
-    `batch_size` counts the rows of all processes.
+    Args:
+        config: its task is to be known; auto is taken for a causal language model's.
+        tokenizer: the model's.
+        batch_size: the rows of all processes.
+        process_index: which of them this is.
+        process_count: how many there are.
+        start_token: that a decoder beside an encoder begins with.
+        labels: how many classes a classifier tells apart.
 
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
     """
     tokenizer = _with_template(tokenizer, config.chat_template)
+    config = dataclasses.replace(config, task="causal_lm") if config.task == "auto" else config
+    facts = Facts(tokenizer, config.mask_fraction, start_token, labels)
     sources = [open_source(name) for name in config.sources]
     split = split_documents(sources, config)
     if config.packing == "concat" and (cut := split.kinds - {"text"}):
@@ -158,10 +175,11 @@ def build(
     groups = list(split.train) if config.weights else [np.concatenate(split.train)]
     layout = lay_out(batch_size, min(config.max_shards, *map(len, groups)), process_index, process_count)
     documents = sum(map(len, groups))
-    encode = _encoder(sources, config, tokenizer, documents)
+    encode = _encoder(sources, config, facts, documents)
     held_out = _evaluation_rows(split.held_out, encode, config)
     identity = {
-        **{name: getattr(config, name) for name in ("packing", "sequence_length", "seed", "split_seed")},
+        **{name: getattr(config, name) for name in ("task", "packing", "sequence_length", "seed", "split_seed")},
+        **{name: getattr(config, name) for name in ("mask_fraction", "target_length")},
         **{"weights": list(config.weights), "batch_size": batch_size, "shards": layout.shards},
         **{"train_documents": documents, "documents": split.sha256[:16]},
         "tokenizer": hashlib.sha256((tokenizer.sha256 + tokenizer.chat_template).encode()).hexdigest()[:16],
@@ -185,9 +203,8 @@ def _shard(groups: Sequence[Rows], shards: int, encode: Encode, config: DataConf
         for stream, group in enumerate(groups)
     ]
     mixed = grain.MapDataset.mix(parts, config.weights) if config.weights else parts[0]
-    return packing.pack(
-        mixed.map(encode), config.packing, config.sequence_length, _seed(config.seed, len(groups) + number)
-    )
+    drawn = mixed.seed(_seed(config.seed, -1 - number)).random_map(encode)
+    return packing.pack(drawn, config.packing, config.lengths, _seed(config.seed, len(groups) + number))
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -212,21 +229,18 @@ def _with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
         raise UserError(f"data.chat_template {path} cannot be read: {error}") from None
 
 
-def _encoder(sources: Sequence[Source], config: DataConfig, tokenizer: Tokenizer, documents: int) -> Encode:
+def _encoder(sources: Sequence[Source], config: DataConfig, facts: Facts, documents: int) -> Encode:
     """Return the map from (source, row) to tokens and weights; None skips a bad row, while they are few enough."""
     bad: set[tuple[int, int]] = set()
 
-    def encode(place: Place) -> dict[str, np.ndarray] | None:
+    def encode(place: Place, random: np.random.Generator) -> dict[str, np.ndarray] | None:
         number, row = place
         source = sources[number]
         where = source.where(row)
         try:
-            encoded = encode_example(to_example(source.record(row), config, where), tokenizer)
-            if config.packing == "first_fit" and len(encoded["tokens"]) > config.sequence_length:
-                raise UserError(
-                    f"it has {len(encoded['tokens'])} tokens, more than data.sequence_length "
-                    f"{config.sequence_length}; raise that, or shorten the row"
-                )
+            encoded = TASKS[config.task](to_example(source.record(row), config, where), facts, random)
+            if config.packing == "first_fit":
+                _check_lengths(encoded, config)
             return encoded
         except UserError as error:
             if place not in bad:
@@ -239,10 +253,22 @@ def _encoder(sources: Sequence[Source], config: DataConfig, tokenizer: Tokenizer
     return encode
 
 
+def _check_lengths(encoded: Mapping[str, np.ndarray], config: DataConfig) -> None:
+    """Check that an example that may not be cut fits into a row."""
+    for name in ("inputs", "tokens"):
+        length = config.lengths.get(name, 0)
+        setting = "target_length" if name == "tokens" and config.target_length else "sequence_length"
+        if name in encoded and len(encoded[name]) > length:
+            raise UserError(
+                f"it has {len(encoded[name])} tokens, more than data.{setting} {length}; raise that, or shorten the row"
+            )
+
+
 def _evaluation_rows(held_out: Rows, encode: Encode, config: DataConfig) -> list[Row]:
     if not len(held_out):
         return []
-    rows = packing.pack(grain.MapDataset.source(Places(held_out)).map(encode), config.packing, config.sequence_length)
+    drawn = grain.MapDataset.source(Places(held_out)).seed(_seed(config.split_seed, 0)).random_map(encode)
+    rows = packing.pack(drawn, config.packing, config.lengths)
     wanted = max(1, config.eval_tokens // config.sequence_length)
     if not (found := list(itertools.islice(rows, wanted))):
         raise UserError("every held-out row is too long to evaluate on; raise data.sequence_length")
@@ -257,6 +283,8 @@ def _seed(seed: int, stream: int) -> int:
 def _hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        for name in ("tokens", "tokens_segment_ids", "weight"):
+        for name in ("tokens", "tokens_segment_ids", "weight", "targets", "inputs"):
+            if name not in row:
+                continue
             digest.update(np.ascontiguousarray(row[name], "<f4" if name == "weight" else "<i4").tobytes())
     return digest.hexdigest() if rows else ""

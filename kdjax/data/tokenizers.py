@@ -19,6 +19,8 @@ from kdjax.errors import UserError
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 """Known names of the token that ends a text or a turn, in the order in which they are tried when no file names it."""
 
+_MASKS = ("[MASK]", "<mask>")
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -46,6 +48,18 @@ class Tokenizer:
         """All tokens at which an answer ends: the end of a text, and known ends of a turn."""
         known = (self.backend.token_to_id(name) for name in _ENDS)
         return tuple(dict.fromkeys([self.eos_id, *(found for found in known if found is not None)]))
+
+    @cached_property
+    def mask_id(self) -> int | None:
+        """The token that hides another from a masked language model; None without one."""
+        known = (self.backend.token_to_id(name) for name in _MASKS)
+        return next((found for found in known if found is not None), None)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """All tokens that stand for no text."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     @cached_property
     def size(self) -> int:
@@ -122,7 +136,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return the tokenizer whose ids 0 to 255 are the bytes of UTF-8, followed by three special tokens."""
+    """Return the tokenizer whose ids 0 to 255 are the bytes of UTF-8, followed by four special tokens."""
     shown = [
         *range(33, 127),
         *range(161, 173),
@@ -133,7 +147,7 @@ def byte_tokenizer() -> Tokenizer:
     backend = hf.Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<mask>"])
     return Tokenizer(backend, eos_id=256)
 
 
@@ -179,7 +193,7 @@ def _end_of_text(backend: hf.Tokenizer, settings: dict[str, Any], path: Path) ->
     named = _token(settings.get("eos_token"))
     ids = _json(path.parent / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    for found in [backend.token_to_id(named), *ids, *(backend.token_to_id(name) for name in _ENDS)]:
+    for found in [backend.token_to_id(named), *ids, *(backend.token_to_id(name) for name in (*_ENDS, "[SEP]"))]:
         if isinstance(found, int) and backend.id_to_token(found) is not None:
             return found
     raise UserError(

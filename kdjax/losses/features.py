@@ -36,6 +36,8 @@ class Feature:
     s meets ceil((s + 1)·L_teacher / L_student) − 1."""
     temperature: float = 0.1
     """Of the contrastive loss: what its cosines are divided by."""
+    causal: bool = True
+    """Relations are with earlier tokens only; where the student is an encoder they are with all."""
     relation_heads: int = 0
     """Heads into which relations cut the queries, keys or values of both models, whatever their own heads are; 0 takes
     the largest number that divides the key/value heads of both."""
@@ -62,6 +64,7 @@ class Sizes(NamedTuple):
     kv_heads: int
     widths: Mapping[str, int]
     """The width of each tap, all heads together."""
+    causal: bool = True
 
 
 class Kind(NamedTuple):
@@ -117,13 +120,14 @@ def relation(student_BTD: Array, teacher_BTD: Array, segment_BT: Array, feature:
     """Return the mean over relation heads of KL(A_teacher ‖ A_student), A = softmax(x·xᵀ / √K) over visible tokens.
 
     x are the queries, keys or values of a layer (as attention sees them, so rotated ones), cut into `relation_heads`
-    heads of width K; a token sees itself and earlier tokens of its segment. Range [0, ∞). Relations of one head exist
-    at one time, [B, T, T], and are computed again for the gradient.
-    Paper: Wang et al. 2020, MiniLMv2, arXiv:2012.15828 (bidirectional there, causal here).
+    heads of width K; a token sees its segment, in a causal model only itself and what is earlier. Range [0, ∞).
+    Relations of one head exist at one time, [B, T, T], and are computed again for the gradient.
+    Paper: Wang et al. 2020, MiniLMv2, arXiv:2012.15828 (of encoders there).
     """
     tokens = jnp.arange(segment_BT.shape[1])
-    same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
-    visible_BTS = same_BTS & (tokens[:, None] >= tokens[None, :])[None]
+    visible_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
+    if feature.causal:
+        visible_BTS = visible_BTS & (tokens[:, None] >= tokens[None, :])[None]
 
     def heads_HBTK(x_BTD: Array) -> Array:
         return jnp.moveaxis(x_BTD.reshape(*x_BTD.shape[:2], feature.relation_heads, -1), 2, 0)
@@ -192,7 +196,7 @@ def resolved(feature: Feature, student: Sizes, teacher: Sizes) -> Feature:
                 f"{name}: the {who}'s {tap} of width {sizes.widths[tap]} does not cut into {heads} relation heads; "
                 f"wanted a divisor of {math.gcd(student.widths[tap], teacher.widths[tap])}"
             )
-    return replace(feature, layers=tuple(pairs), relation_heads=heads)
+    return replace(feature, layers=tuple(pairs), relation_heads=heads, causal=student.causal)
 
 
 def named(features: Iterable[Feature]) -> dict[str, Feature]:

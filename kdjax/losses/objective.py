@@ -65,6 +65,8 @@ class ObjectiveConfig:
     schedule such as linear(4, 1)."""
     divergence: str = "forward_kl"
     """A row of kdjax.losses.DIVERGENCES, with parameters if it has any: jsd(beta=0.1)."""
+    logits: bool = True
+    """Compare what the heads give; off, `features` are all there is, as for encoders without a head."""
     chunk_tokens: int | Literal["auto"] = "auto"
     """Tokens whose logits exist at one time: memory against the size of matmuls. auto takes what chunk_mib holds."""
     scaled: bool = True
@@ -103,6 +105,8 @@ class ObjectiveConfig:
             raise UserError(f"objective.load_balance is {self.load_balance}; wanted at least 0")
         if self.chunk_mib < 0:
             raise UserError(f"objective.chunk_mib is {self.chunk_mib}; wanted MiB, or 0 for the device's default")
+        if not self.logits and not self.features:
+            raise UserError("objective.logits is off and there are no features; wanted one of them to learn from")
         single = self._single  # built here, so that what is wrong with it is said now
         if self.terms and single != Term():
             raise UserError(

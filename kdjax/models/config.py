@@ -88,6 +88,8 @@ class ModelConfig:
     """Tokens see earlier ones only; an encoder's see all."""
     encoder_layers: int = 0
     """Of an encoder as wide as the decoder, which the decoder's layers attend to; 0: there is none."""
+    start_token: int = 0
+    """The token that a decoder beside an encoder begins with."""
     parallel: bool = False
     """Attention and mlp read the same text, and both are added to it at once."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -180,7 +182,7 @@ class ModelConfig:
             )
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise UserError(f"windows is {self.windows}; wanted {self.layers}, one for each layer, each from 0")
-        for name in ("encoder_layers", "first_position", "token_types", "labels"):
+        for name in ("encoder_layers", "start_token", "first_position", "token_types", "labels"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted at least 0")
         if self.labels and self.tie_head:

@@ -20,6 +20,9 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         raise UserError(f"architectures is {name!r}; of T5 kdjax computes T5ForConditionalGeneration")
     activation, gated = _feed_forward(read(hf, "feed_forward_proj", str, "relu"))
     width, heads = read(hf, "d_model", int, 512), read(hf, "num_heads", int, 8)
+    start = hf.get("decoder_start_token_id") or 0
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+        raise UserError(f"decoder_start_token_id is {start!r}; wanted a token, a whole number from 0")
     tied, layers = read(hf, "tie_word_embeddings", bool, True), read(hf, "num_layers", int, 6)
     return ModelConfig(
         family="t5",
@@ -27,6 +30,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         width=width,
         layers=read(hf, "num_decoder_layers", int, layers),
         encoder_layers=layers,
+        start_token=start,
         heads=heads,
         kv_heads=heads,
         head_width=read(hf, "d_kv", int, 64),
@@ -75,7 +79,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_head,
         "scale_decoder_outputs": config.head_scale is not None,
         "dropout_rate": config.dropout,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": config.start_token,
     }
 
 

@@ -31,6 +31,8 @@ FIGURES = (
     Figure("KL to teacher after (nats)", "kl_after", amount, min, True),
     Figure("top-1 agreement before", "agreement_before", percent),
     Figure("top-1 agreement after", "agreement_after", percent, max, True),
+    Figure("loss of inner layers before", "features_before", amount),
+    Figure("loss of inner layers after", "features_after", amount, min, True),
     Figure("perplexity of the teacher", "perplexity_teacher", amount),
     Figure("perplexity before", "perplexity_before", amount),
     Figure("perplexity after", "perplexity_after", amount, min, True),

@@ -19,7 +19,7 @@ def document(i):
 
 def rows_of(documents, packing, **options):
     dataset = grain.MapDataset.source([document(i) for i in documents])
-    return list(pack(dataset, packing, T, **options))
+    return list(pack(dataset, packing, {"tokens": T, "weight": T}, **options))
 
 
 def tokens_of(rows):
@@ -52,7 +52,7 @@ def test_a_state_through_json_resumes_at_every_row(packing):
     dataset = grain.MapDataset.source([document(i) for i in documents]).shuffle(seed=5).repeat()
 
     def fresh():
-        return iter(pack(dataset, packing, T, shuffle_seed=1))
+        return iter(pack(dataset, packing, {"tokens": T, "weight": T}, shuffle_seed=1))
 
     iterator, states, rows = fresh(), [], []
     for _ in range(40):
@@ -82,7 +82,7 @@ def test_rows_targets_and_weights_exactly():
             row([5, 6, 7, 8, 9, 0], [1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 0]),
             row([5, 6, 7, 8, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]),  # prompt 5 6, answer 7 8
             row([0, 4, 0, 4, 3, 0], [1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1]),  # 0 is a token here, and an end of text
-            empty_row(6),
+            empty_row(row([1] * 6, [1] * 6, [1] * 6)),
         ]
     )
     assert batch.student_rows_BR.tolist() == [[0, 1, 3, 0, 0, 0], [1, 2, 0, 0, 0, 0], [0, 1, 3, 4, 0, 0], [0] * 6]

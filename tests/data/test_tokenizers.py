@@ -39,7 +39,7 @@ def test_bytes_of_any_text_and_back(text):
 
 def test_bytes_specials():
     assert BYTES.encode("a<|im_end|>é") == [97, 258, 0xC3, 0xA9]
-    assert (BYTES.eos_id, BYTES.eos_token, BYTES.size) == (256, "<|endoftext|>", 259)
+    assert (BYTES.eos_id, BYTES.eos_token, BYTES.size) == (256, "<|endoftext|>", 260)
     assert BYTES.decode([97, 256, 98]) == "ab"
     assert BYTES.decode([97, 256, 98], special=True) == "a<|endoftext|>b"
     assert BYTES.eos_ids == (256, 258)
@@ -95,9 +95,9 @@ def test_prompts_begin_with_bos_and_do_not_end(tmp_path):
 
 
 def test_fit():
-    check_fits(BYTES, 259)
+    check_fits(BYTES, 260)
     with pytest.raises(
-        UserError, match="does not fit the model: it has ids up to 258 but the model's vocabulary is 258"
+        UserError, match="does not fit the model: it has ids up to 259 but the model's vocabulary is 258"
     ):
         check_fits(BYTES, 258)
 
