@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.evaluate import sums_of
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
-from kdjax.models import Model, ModelFile, ModelSpec, open_model, select_layers
+from kdjax.models import Model, ModelFile, ModelSpec, open_model, select_encoder_layers, select_layers
 from kdjax.sharding import Placement, placement
 from kdjax.step import Recipe, TrainState, init_state, step
 from kdjax.teacher import live_teacher, no_teacher
@@ -148,6 +148,11 @@ def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | 
             raise UserError("keep_layers cuts layers out of a model, but source is 'random'; set architecture.layers")
         file = select_layers(file, spec.keep_layers)
         architecture, name = file.config, f"{name}, layers {','.join(map(str, spec.keep_layers))}"
+    if spec.keep_encoder_layers:
+        if file is None:
+            raise UserError("keep_encoder_layers cuts layers out of a model, but source is 'random'")
+        file = select_encoder_layers(file, spec.keep_encoder_layers)
+        architecture, name = file.config, f"{name}, encoder's {','.join(map(str, spec.keep_encoder_layers))}"
     return Named(
         Model(architecture, spec.dtype, spec.remat, layout=place.constrain, dispatch=place.dispatch), file, name
     )

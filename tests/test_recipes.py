@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kdjax import build
 from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
+from kdjax.models.registry import FAMILIES
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
@@ -36,14 +38,25 @@ SMOLLM2 = ModelConfig(
 )
 
 
+def shape_of(source):
+    """The architecture of what a recipe names."""
+    if source == "all-minilm-l6-v2":
+        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 30_522}
+        return FAMILIES["bert"].config_from_hf(sizes | {"architectures": ["BertModel"]})
+    if source.startswith("runs/"):
+        return configs.load(str(ROOT / "configs" / f"{Path(source).name}.py")).student.architecture
+    return SMOLLM2
+
+
 def unread(source):
-    """A model of SmolLM2's shape that cannot be read."""
+    """A model of the named one's shape that cannot be read."""
+    shape = shape_of(source)
 
     def refuse(index):
         raise AssertionError("a weight was read")
 
-    shapes = jax.eval_shape(Model(SMOLLM2).init, jax.random.key(0))
-    return ModelFile(SMOLLM2, jax.tree.map(lambda x: LazyTensor(x.shape, refuse), shapes), source, None)
+    shapes = jax.eval_shape(Model(shape).init, jax.random.key(0))
+    return ModelFile(shape, jax.tree.map(lambda x: LazyTensor(x.shape, refuse), shapes), source, None)
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
@@ -77,10 +90,12 @@ def test_its_step_fits_together(recipe):
     shape = (config.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32)
-    batch = Batch(View(tokens, tokens, tokens), tokens, tokens, weights, weights)
+    view = View(tokens, tokens, tokens)
+    view = replace(view, encoder=view) if student.model.config.encoder_layers else view
+    batch = Batch(view, tokens, tokens, weights, weights)
     state = jax.eval_shape(lambda key: init_state(parts, student.model.init(key)), jax.random.key(0))
     frozen = {} if teacher is None else {"teacher": jax.eval_shape(teacher.model.init, jax.random.key(0))}
     after, metrics = jax.eval_shape(partial(step, recipe=parts), state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
-    assert ("kd" in metrics) == (teacher is not None)
+    assert ("kd" in metrics) == (teacher is not None and config.objective.logits)

@@ -38,6 +38,8 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
     Raises:
         UserError: none of the columns is there, or one holds something else than text.
     """
+    if config.task == "classification":
+        record = {name: record[name] for name in (config.text_field, config.label_field) if name in record}
     has = {name for name in record if record[name] is not None}
     if config.messages_field and config.messages_field in has:
         parts = _messages(record[config.messages_field], f"{where}, field {config.messages_field!r}")

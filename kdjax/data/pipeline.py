@@ -164,7 +164,14 @@ def build(
     """
     tokenizer = _with_template(tokenizer, config.chat_template)
     config = dataclasses.replace(config, task="causal_lm") if config.task == "auto" else config
-    facts = Facts(tokenizer, config.mask_fraction, start_token, labels)
+    facts = Facts(
+        tokenizer,
+        mask_fraction=config.mask_fraction,
+        inputs=config.sequence_length,
+        targets=config.lengths["tokens"],
+        start_token=start_token,
+        labels=labels,
+    )
     sources = [open_source(name) for name in config.sources]
     split = split_documents(sources, config)
     if config.packing == "concat" and (cut := split.kinds - {"text"}):

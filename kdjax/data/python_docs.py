@@ -14,29 +14,34 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "lib-dynload"}
 _SKIPPED |= {"__pycache__", "encodings", "pydoc_data"}
 """Directories without the library's own prose; the topics in pydoc_data are taken from their module."""
+
+KINDS = ("topic", "module", "class", "function")
+"""What a document is of."""
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _BODIES = (*_DOCUMENTED, ast.If, ast.Try, ast.With, ast.ExceptHandler)
 
 
 @functools.cache
-def documents() -> tuple[dict[str, str], ...]:
-    """Return all documents as `id` and `text`, sorted by id; a text that occurs twice is kept once."""
+def documents() -> tuple[dict[str, Any], ...]:
+    """Return all documents as `id`, `text` and `label` (which of `KINDS`), sorted by id, no text twice."""
     from pydoc_data.topics import topics
 
-    found = [(f"topics.{name}", text.strip()) for name, text in topics.items()]
+    found = [(f"topics.{name}", text.strip(), "topic") for name, text in topics.items()]
     root = Path(sysconfig.get_path("stdlib"))
     with _without_collector():
         for path in _modules(root):
             found += _docstrings(path, ".".join(path.relative_to(root).with_suffix("").parts))
-    unique: dict[str, str] = {}
-    for name, text in sorted(found):
-        unique.setdefault(text, name)
-    return tuple({"id": name, "text": text} for text, name in unique.items() if text)
+    unique: dict[str, tuple[str, str]] = {}
+    for name, text, kind in sorted(found):
+        unique.setdefault(text, (name, kind))
+    rows = ({"id": name, "text": text, "label": KINDS.index(kind)} for text, (name, kind) in unique.items() if text)
+    return tuple(rows)
 
 
 @contextlib.contextmanager
@@ -58,7 +63,7 @@ def _modules(root: Path) -> Iterator[Path]:
         yield from (path for path in paths if path.is_file())
 
 
-def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in the library's own strings
         try:
@@ -67,9 +72,9 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
             return iter(())
 
 
-def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
     if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-        yield name, text
+        yield name, text, KINDS[1] if isinstance(node, ast.Module) else KINDS[2 + (not isinstance(node, ast.ClassDef))]
     for part in ("body", "orelse", "handlers", "finalbody"):
         for child in getattr(node, part, ()):
             if isinstance(child, _BODIES):

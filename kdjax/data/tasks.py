@@ -26,12 +26,16 @@ class Facts:
     Attributes:
         tokenizer: the model's.
         mask_fraction: share of the tokens that a masked language model is to find.
+        inputs: tokens that an encoder takes, by which a longer text is cut.
+        targets: tokens that a decoder beside it takes.
         start_token: the token that a decoder beside an encoder begins with.
         labels: how many classes there are.
     """
 
     tokenizer: Tokenizer
     mask_fraction: float = 0.15
+    inputs: int = 512
+    targets: int = 512
     start_token: int = 0
     labels: int = 0
 
@@ -68,13 +72,14 @@ def embedding(example: Example, facts: Facts, random: np.random.Generator) -> En
 
 
 def classification(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
-    """Return the tokens; the first of them is where the label is predicted."""
+    """Return the tokens, of a long text the first and the end; the first of them is where the label is predicted."""
     del random
     if example.label is None:
         raise UserError("it has no label, which classification wants; name its column with data.label_field")
     if example.label >= facts.labels:
         raise UserError(f"its label is {example.label}; the model tells {facts.labels} classes apart, from 0")
     tokens = encode_example(example, facts.tokenizer)["tokens"]
+    tokens = np.concatenate([tokens[: facts.inputs - 1], tokens[-1:]]) if len(tokens) > facts.inputs else tokens
     targets, weight = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
     targets[0], weight[0] = example.label, 1
     return {"tokens": tokens, "targets": targets, "weight": weight}
@@ -83,8 +88,8 @@ def classification(example: Example, facts: Facts, random: np.random.Generator) 
 def seq2seq(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
     """Return what the encoder reads, and what the decoder is to say to it: a prompt's answer, or how a text goes on.
 
-    A text is cut at a random place. Paper: Raffel et al. 2019, T5, arXiv:1910.10683, section 3.2.1 (prefix language
-    modelling by an encoder-decoder).
+    A text is cut at a random place, and as much of it is taken on either side as fits.
+    Paper: Raffel et al. 2019, T5, arXiv:1910.10683, section 3.2.1 (prefix language modelling by an encoder-decoder).
     """
     end = facts.tokenizer.eos_id
     if example.kind == "messages":
@@ -94,7 +99,7 @@ def seq2seq(example: Example, facts: Facts, random: np.random.Generator) -> Enco
     parts = [facts.tokenizer.encode(text) for _, text in example.parts]
     if len(parts) == 1:
         place = int(random.integers(1, max(2, len(parts[0]))))
-        parts = [parts[0][:place], parts[0][place:]]
+        parts = [parts[0][max(0, place - facts.inputs + 1) : place], parts[0][place : place + facts.targets - 1]]
     inputs, answer = (np.array([*ids, end], np.int32) for ids in parts)
     tokens = np.concatenate([np.array([facts.start_token], np.int32), answer[:-1]])
     return {"inputs": inputs, "tokens": tokens, "targets": answer, "weight": np.ones(len(answer), np.float32)}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from kdjax.data.python_docs import documents
@@ -23,13 +24,14 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(".".join(str(part) for part in sys.version_info[:3]))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
+        text = tfds.features.Text
+        features = tfds.features.FeaturesDict({"id": text(), "text": text(), "label": np.int64})
         return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, features=features)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(documents())
 
 

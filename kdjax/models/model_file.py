@@ -90,23 +90,35 @@ def _rows(tensor: LazyTensor) -> Iterator[np.ndarray]:
         yield tensor.read((slice(start, min(start + step, first)), *(slice(None) for _ in others)))
 
 
+def select_encoder_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
+    """Return an encoder-decoder with only these layers of its encoder, as `select_layers` does for the decoder's."""
+    if not file.config.encoder_layers:
+        raise UserError(
+            f"cannot keep encoder layers {tuple(keep)} of {file.source}: it has no encoder beside a decoder"
+        )
+    encoder = file.tensors["encoder"]
+    encoder = encoder | {"layers": _kept(encoder["layers"], file.config.encoder_layers, keep, file.source)}
+    config = replace(file.config, encoder_layers=len(keep))
+    return replace(file, config=config, tensors=file.tensors | {"encoder": encoder})
+
+
+def _kept(tensors: Any, layers: int, keep: Sequence[int], source: str) -> Any:
+    """Return a tree of stacked tensors with only the layers `keep`."""
+    missing = [layer for layer in keep if not 0 <= layer < layers]
+    if missing or not keep:
+        raise UserError(
+            f"cannot keep layers {tuple(keep)} of {source}: wanted at least one, each from 0 to {layers - 1}"
+        )
+    return jax.tree.map(lambda tensor: stacked([_layer_of(tensor, layer) for layer in keep]), tensors)
+
+
 def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     """Return the model with only the layers `keep` (counted from 0), in that order.
 
     Raises:
         UserError: no layer, or one that is not there.
     """
-    layers = file.config.layers
-    missing = [layer for layer in keep if not 0 <= layer < layers]
-    if missing or not keep:
-        raise UserError(
-            f"cannot keep layers {tuple(keep)} of {file.source}: wanted at least one, each from 0 to {layers - 1}"
-        )
-
-    def selected(tensor: LazyTensor) -> LazyTensor:
-        return stacked([_layer_of(tensor, layer) for layer in keep])
-
-    tensors = file.tensors | {"layers": jax.tree.map(selected, file.tensors["layers"])}
+    tensors = file.tensors | {"layers": _kept(file.tensors["layers"], file.config.layers, keep, file.source)}
     windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
     unrotated = tuple(place for place, layer in enumerate(keep) if layer in file.config.unrotated)
     config = replace(file.config, layers=len(keep), windows=windows, unrotated=unrotated)

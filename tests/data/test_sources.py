@@ -6,7 +6,7 @@ import pytest
 from kdjax.data import tfds
 from kdjax.data.config import DataConfig
 from kdjax.data.examples import to_example
-from kdjax.data.python_docs import documents
+from kdjax.data.python_docs import KINDS, documents
 from kdjax.data.sources import open_source
 from kdjax.errors import UserError
 
@@ -113,7 +113,7 @@ def test_parquet_without_pyarrow(monkeypatch):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     """kdjax's own builder, prepared from a few documents."""
-    documents = [{"id": f"d{i}", "text": f"tëxt {i}"} for i in range(10)]
+    documents = [{"id": f"d{i}", "text": f"tëxt {i}", "label": i % 4} for i in range(10)]
     monkeypatch.setattr(tfds, "documents", lambda: documents)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     open_source("tfds:python_docs")
@@ -149,6 +149,9 @@ def test_python_docs():
     assert texts["json.decoder.JSONDecoder.raw_decode"].startswith("Decode a JSON document from")
     assert "assert" in texts["topics.assert"]
     assert len({record["text"] for record in found}) == len(found) > 5_000
+    labels = {record["id"]: KINDS[record["label"]] for record in found}
+    assert labels["topics.assert"] == "topic" and labels["json.decoder"] == "module"
+    assert labels["json.decoder.JSONDecoder"] == "class" and labels["json.decoder.JSONDecoder.raw_decode"] == "function"
     assert where[0] == f"python_docs {found[0]['id']}"
     assert not any(name.split(".")[0] in {"test", "idlelib", "site-packages"} for name in texts)
     assert np.sum([len(text) for text in texts.values()]) > 1_500_000

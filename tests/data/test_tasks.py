@@ -48,7 +48,9 @@ def test_a_pair_and_a_text_as_input_and_output():
     assert pair["tokens"].tolist() == [256, *pair["targets"][:-1]] and (pair["weight"] == 1).all()
     text = made("seq2seq", Example("text", (("text", "abcdefgh"),)))
     assert BYTES.decode(text["inputs"]) + BYTES.decode(text["targets"]) == "abcdefgh"
-    assert len({len(made("seq2seq", TEXT, seed=seed)["inputs"]) for seed in range(5)}) > 1
+    long = [made("seq2seq", TEXT, replace(FACTS, inputs=64, targets=20), seed) for seed in range(5)]
+    assert {len(each["inputs"]) for each in long} == {64} and {len(each["tokens"]) for each in long} == {20}
+    assert len({BYTES.decode(each["inputs"]) for each in long}) > 1, "another place for another draw"
     with pytest.raises(UserError, match="no pair of input and output"):
         made("seq2seq", Example("messages", (("user", "a"), ("assistant", "b"))))
 
@@ -56,6 +58,8 @@ def test_a_pair_and_a_text_as_input_and_output():
 def test_a_class_is_predicted_at_the_first_token():
     found = made("classification", replace(TEXT, label=2))
     assert found["targets"][0] == 2 and found["weight"].sum() == found["weight"][0] == 1
+    cut = made("classification", replace(TEXT, label=2), replace(FACTS, inputs=10))["tokens"]
+    assert len(cut) == 10 and cut[-1] == BYTES.eos_id
     with pytest.raises(UserError, match="its label is 3; the model tells 3 classes apart"):
         made("classification", replace(TEXT, label=3))
     with pytest.raises(UserError, match="it has no label"):

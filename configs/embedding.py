@@ -1,0 +1,34 @@
+"""A sentence encoder made smaller: three of all-MiniLM-L6-v2's six layers, taught by its hidden states.
+
+COMMAND:  kdjax train configs/embedding.py
+HARDWARE: 2 CPU cores, 4 GB of memory; no GPU
+TIME:     about 5 minutes once the teacher (84 MB) is fetched
+RESULT:   the similarities of pairs of held-out texts come in nearly the teacher's order (figures: docs/models.md)
+"""
+
+from kdjax.checkpoint import CheckpointConfig
+from kdjax.config import Config
+from kdjax.data import DataConfig
+from kdjax.losses import Feature, ObjectiveConfig
+from kdjax.models import ModelSpec
+from kdjax.optim import OptimConfig
+
+
+def get_config() -> Config:
+    last = ((2, 5),)  # student layer, teacher layer: what a sentence's vector is the mean of
+    return Config(
+        name="embedding",
+        teacher=ModelSpec(source="all-minilm-l6-v2"),
+        student=ModelSpec(source="teacher", keep_layers=(0, 2, 5)),
+        data=DataConfig(sequence_length=64, eval_tokens=16_384),
+        objective=ObjectiveConfig(
+            logits=False,
+            features=(Feature("hidden_mse", weight=10.0, layers=last), Feature("hidden_cosine", layers=last)),
+        ),
+        optim=OptimConfig(learning_rate=3e-4, warmup_steps=20),
+        checkpoint=CheckpointConfig(every=100, keep=1, keep_best=False),
+        steps=300,
+        batch_size=32,
+        eval_every=100,
+        notes=("Next: kdjax export runs/embedding OUT, which sentence-transformers and transformers load.",),
+    )
