@@ -103,7 +103,7 @@ def of_sentences(seed: int) -> harness.Row:
     wanted = similarities(sentence_vectors(teacher, texts))
 
     def spearman(file: ModelFile) -> float:
-        return float(spearmanr(similarities(sentence_vectors(file, texts)), wanted).statistic)
+        return float(np.asarray(spearmanr(similarities(sentence_vectors(file, texts)), wanted))[0])
 
     before = spearman(select_layers(teacher, config.student.keep_layers))
     with tempfile.TemporaryDirectory() as directory:

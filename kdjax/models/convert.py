@@ -90,6 +90,8 @@ def _tensors(directory: Path, family: Family, config: ModelConfig, on_disk: dict
         weight, parts = weights[path], {}
         for index, name in names[path].items():
             tensor, wanted = found[name], weight.disk_shape(sizes)
+            if tensor.dtype not in files.DTYPES.values():
+                raise UserError(f"{directory}: {name} holds {tensor.dtype}; wanted {', '.join(files.DTYPES)}")
             if tensor.shape != wanted:
                 raise UserError(f"{directory}: {name} has shape {tensor.shape}; its config.json says {wanted}")
             parts[index] = lazy(weight.from_disk(tensor, sizes))

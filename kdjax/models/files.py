@@ -68,6 +68,10 @@ def whole_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+MAPPED = DTYPES | {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}
+"""With those of buffers that lie beside weights."""
+
+
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a safetensors file by name, mapped and not read.
 
@@ -112,13 +116,13 @@ def _mapped(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
         whole = all(isinstance(x, int) and x >= 0 for x in (*shape, start, stop))
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: tensor {name} has a damaged header entry; get the file again") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in MAPPED:
         raise UserError(f"{path}: tensor {name} has dtype {dtype}; wanted one of {', '.join(DTYPES)}")
-    if not whole or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if not whole or stop - start != math.prod(shape) * MAPPED[dtype].itemsize:
         raise UserError(f"{path}: tensor {name} has a shape that does not fit its bytes; get the file again")
     if stop > len(data):
         raise UserError(f"{path} is cut short within tensor {name}; get it again")
-    return data[start:stop].view(DTYPES[dtype]).reshape(shape)
+    return data[start:stop].view(MAPPED[dtype]).reshape(shape)
 
 
 def write_safetensors(path: Path, tensors: dict[str, LazyTensor], dtype: str = "F32") -> None:
