@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from benchmarks import harness
 from kdjax import config as configs
 from kdjax import data
 from kdjax.config import Config
+from kdjax.console import amount, count, percent
 from kdjax.data.examples import to_example
 from kdjax.data.holdout import split_documents
 from kdjax.data.sources import open_source
@@ -113,6 +115,42 @@ def of_sentences(seed: int) -> harness.Row:
     figures += ("features_before", "features_after", "held_out_sha256")
     own = {"spearman_before": before, "spearman_after": after, "texts": len(texts.tokens_BT), "pairs": len(wanted)}
     return own | {name: summary.get(name) for name in figures}
+
+
+def markdown(rows: Sequence[harness.Row]) -> str:
+    """Return the tables of docs/models.md."""
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.kinds` writes the figures that stand here."
+
+    def of(kind: str, objective: str, name: str) -> list[float]:
+        return [row[name] for row in rows if (row["kind"], row["objective"]) == (kind, objective)]
+
+    def shown(values: Sequence[float]) -> str:
+        spread = f" ({amount(min(values))} to {amount(max(values))})" if len(values) > 1 else ""
+        return amount(statistics.mean(values)) + spread
+
+    lines = [
+        "| recipe | seeds | trained on | KL to the teacher (nats) | cross entropy (the teacher's) | same top choice |"
+    ]
+    lines += ["|:--|--:|:--|--:|--:|--:|"]
+    for kind, objective in itertools.product(KINDS, ALPHA):
+        if found := of(kind, objective, "kl_after"):
+            before, teacher = of(kind, objective, "kl_before")[0], of(kind, objective, "ce_teacher")[0]
+            ce, same = of(kind, objective, "ce_after"), of(kind, objective, "agreement_after")
+            kl = f"{amount(before)} → {shown(found)}"
+            top = percent(statistics.mean(same))
+            lines.append(f"| {kind} | {len(found)} | {objective} | {kl} | {shown(ce)} ({amount(teacher)}) | {top} |")
+    lines += ["", "| recipe | seeds | parameters | Spearman's correlation before | after |", "|:--|--:|--:|--:|--:|"]
+    for row in [row for row in rows if row["kind"] == "embedding"][:1]:
+        sizes = f"{count(row['parameters_teacher'])} → {count(row['parameters_student'])}"
+        after = of("embedding", "distilled", "spearman_after")
+        lines.append(f"| embedding | {len(after)} | {sizes} | {row['spearman_before']:.3f} | {shown(after)} |")
+        lines += ["", f"The correlation is over {row['pairs']:,} pairs of {row['texts']} held-out texts."]
+    here = rows[-1]["environment"]
+    versions = ", ".join(f"{name} {here[name]}" for name in ("python", "jax", "flax"))
+    return "\n".join(
+        [*lines, f"Mean (range) over seeds; measured on {here['device']} ({here['platform']}); {versions}."]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

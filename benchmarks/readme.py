@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import harness, loss_compiled, loss_table, models
+from benchmarks import harness, kinds, loss_compiled, loss_table, models
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -142,6 +142,7 @@ LOSS_BLOCKS: dict[str, Callable[[Path], str]] = {
 
 MODEL_BLOCKS: dict[str, Callable[[Path], str]] = {
     "models": lambda results: models.markdown(harness.read(results / "models.jsonl")),
+    "kinds": lambda results: kinds.markdown(harness.read(results / "kinds.jsonl")),
 }
 """The same for the page of models."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
     config, look = job.config, looks.get(job.config.steps, {})
     ones_BT = np.ones((config.batch_size, config.data.sequence_length), np.int32)
     view = View(np.zeros_like(ones_BT), ones_BT, np.cumsum(ones_BT, 1, np.int32) - 1)  # the tokens do not matter
+    view = replace(view, encoder=view) if job.student.model.config.encoder_layers else view
     rates = sorted(rate for row in rows if np.isfinite(rate := row.get("tokens_per_second", np.nan)))
     text = _continued(job, job.student.model, state.params["student"])
     figures = _facts(job, state.params, frozen, looks) | named_figures(look, "after")

@@ -59,7 +59,7 @@ def test_what_is_written_the_package_reads(tmp_path, dtype):
         (lambda p: raw(p, b"[1]"), "damaged header"),
         (lambda p: raw(p, b'{"a": {}, "a": {}}'), "it names 'a' twice"),
         (lambda p: raw(p, {"a": entry("F8_E4M3", (8,))}, bytes(8)), "tensor a has dtype F8_E4M3; wanted one of F32"),
-        (lambda p: raw(p, {"a": entry("I64", (1,))}, bytes(8)), "tensor a has dtype I64"),
+        (lambda p: raw(p, {"a": entry("U64", (1,))}, bytes(8)), "tensor a has dtype U64"),
         (lambda p: raw(p, {"a": entry()}, bytes(7)), "cut short within tensor a"),
         (lambda p: raw(p, {"a": entry(shape=(3,))}, bytes(12)), "tensor a has a shape that does not fit its bytes"),
         (lambda p: raw(p, {"a": entry(shape=(-2,))}, bytes(8)), "tensor a has a shape that does not fit"),
