@@ -65,9 +65,9 @@ def masked_lm(example: Example, facts: Facts, random: np.random.Generator) -> En
 
 
 def embedding(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
-    """Return the tokens, all of which weigh the same: inner layers are compared at each, and nothing is predicted."""
+    """Return the tokens, of a long text the first and the end, all of which weigh the same: nothing is predicted."""
     del random
-    tokens = encode_example(example, facts.tokenizer)["tokens"]
+    tokens = _cut(encode_example(example, facts.tokenizer)["tokens"], facts.inputs)
     return {"tokens": tokens, "targets": tokens, "weight": np.ones(len(tokens), np.float32)}
 
 
@@ -78,11 +78,15 @@ def classification(example: Example, facts: Facts, random: np.random.Generator) 
         raise UserError("it has no label, which classification wants; name its column with data.label_field")
     if example.label >= facts.labels:
         raise UserError(f"its label is {example.label}; the model tells {facts.labels} classes apart, from 0")
-    tokens = encode_example(example, facts.tokenizer)["tokens"]
-    tokens = np.concatenate([tokens[: facts.inputs - 1], tokens[-1:]]) if len(tokens) > facts.inputs else tokens
+    tokens = _cut(encode_example(example, facts.tokenizer)["tokens"], facts.inputs)
     targets, weight = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
     targets[0], weight[0] = example.label, 1
     return {"tokens": tokens, "targets": targets, "weight": weight}
+
+
+def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Return the tokens, if there are too many the first of them with the last, which ends the text."""
+    return tokens if len(tokens) <= length else np.concatenate([tokens[: length - 1], tokens[-1:]])
 
 
 def seq2seq(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:

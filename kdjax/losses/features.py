@@ -101,6 +101,22 @@ def hidden_cosine(student_ND: Array, teacher_ND: Array, segment_N: Array, featur
     return jnp.where(student_N & teacher_N, 0.5 * jnp.sum(jnp.square(student_ND - teacher_ND), axis=-1), 1.0)
 
 
+def pooled_cosine(student_BTD: Array, teacher_BTD: Array, segment_BT: Array, feature: Feature) -> Array:
+    """Return 1 − cos(s̄, t̄) of the means over each text, which is what sentence encoders give; for each of its tokens.
+
+    Range [0, 2]. Both models have one width, since a mean has no projection.
+    Paper: Reimers and Gurevych 2020, arXiv:2004.09813, section 3 (the distance of sentence vectors, squared there).
+    """
+    same_BTS = (segment_BT[:, :, None] == segment_BT[:, None, :]) & (segment_BT > 0)[:, None, :]
+    means = (
+        jnp.einsum("bts,bsd->btd", same_BTS.astype(jnp.float32), x.astype(jnp.float32), precision="highest")
+        for x in (student_BTD, teacher_BTD)
+    )
+    student_BTD, teacher_BTD = (x.reshape(-1, x.shape[-1]) for x in means)
+    loss_N = hidden_cosine(student_BTD, teacher_BTD, segment_BT.reshape(-1), feature)
+    return loss_N.reshape(segment_BT.shape)
+
+
 def contrastive(student_ND: Array, teacher_ND: Array, segment_N: Array, feature: Feature) -> Array:
     """Return InfoNCE, −log softmax_m(cos(s_n, t_m) / τ) at m = n: each row finds its own among all of the microbatch.
 
@@ -191,11 +207,16 @@ def resolved(feature: Feature, student: Sizes, teacher: Sizes) -> Feature:
                 raise UserError(f"{name}: the {who} has no layer {layer}; wanted one from 0 to {sizes.layers - 1}")
     heads = feature.relation_heads or math.gcd(student.kv_heads, teacher.kv_heads)
     for who, sizes in (("student", student), ("teacher", teacher)):
-        if not FEATURES[feature.kind].by_rows and sizes.widths[tap] % heads:
+        if FEATURES[feature.kind].function is relation and sizes.widths[tap] % heads:
             raise UserError(
                 f"{name}: the {who}'s {tap} of width {sizes.widths[tap]} does not cut into {heads} relation heads; "
                 f"wanted a divisor of {math.gcd(student.widths[tap], teacher.widths[tap])}"
             )
+    if FEATURES[feature.kind].function is pooled_cosine and student.widths[tap] != teacher.widths[tap]:
+        raise UserError(
+            f"{name}: the student's {tap} has width {student.widths[tap]}, the teacher's {teacher.widths[tap]}; wanted "
+            "one width, since means are not projected"
+        )
     return replace(feature, layers=tuple(pairs), relation_heads=heads, causal=student.causal)
 
 
@@ -244,6 +265,7 @@ FEATURES: dict[str, Kind] = {
     "hidden_mse": Kind(hidden_mse, "hidden"),
     "hidden_cosine": Kind(hidden_cosine, "hidden"),
     "contrastive": Kind(contrastive, "hidden"),
+    "pooled_cosine": Kind(pooled_cosine, "hidden", by_rows=False),
     "relation_qq": Kind(relation, "q", by_rows=False),
     "relation_kk": Kind(relation, "k", by_rows=False),
     "relation_vv": Kind(relation, "v", by_rows=False),

@@ -58,6 +58,7 @@ class Own:
     number: Array
     window: Array | None
     is_rotated: Array | None
+    is_normed: Array | None
 
 
 class SelfAttention(nn.Module):
@@ -152,7 +153,9 @@ class Layer(nn.Module):
         c, first_BTD, (own_slots, encoder_slots) = self.config, x_BTD, slots
         parts = c, self.dtype, self.attention, self.layout
         attention, cross = SelfAttention(*parts, name="attention"), CrossAttention(*parts, name="cross")
-        h_BTD, seen, own_slots = attention(self._normed("before", "attention", x_BTD), own, shared, own_slots)
+        read_BTD = self._normed("before", "attention", x_BTD)
+        read_BTD = read_BTD if own.is_normed is None else jnp.where(own.is_normed, read_BTD, x_BTD)
+        h_BTD, seen, own_slots = attention(read_BTD, own, shared, own_slots)
         x_BTD = self._added("attention", x_BTD, h_BTD, own, shared)
         if c.encoder_layers:
             h_BTD, encoder_slots = cross(self._normed("before", "cross", x_BTD), shared, encoder_slots)

@@ -79,11 +79,15 @@ class ModelConfig:
     """The longest sequence it was made for."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_bias: bool = True
+    """A bias in layer norms."""
     norms: Literal["before", "after", "both", "sum"] = "before"
     """Where each branch is normalised: its input, its output, both, or the sum of it and the residual stream, after
     which there is no last norm."""
     embedding_norm: bool = False
     """Normalise the embeddings."""
+    unnormed: tuple[int, ...] = ()
+    """Layers, counted from 0, whose attention reads the residual stream as it is, for all of `norms`."""
     causal: bool = True
     """Tokens see earlier ones only; an encoder's see all."""
     encoder_layers: int = 0
@@ -173,8 +177,9 @@ class ModelConfig:
             raise UserError(
                 f"head_width is {self.head_width}, of which {rotated} are rotated; wanted an even number from {least}"
             )
-        if not all(0 <= layer < self.layers for layer in self.unrotated):
-            raise UserError(f"unrotated is {self.unrotated}; wanted layers from 0 to {self.layers - 1}")
+        for name in ("unrotated", "unnormed"):
+            if not all(0 <= layer < self.layers for layer in getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; wanted layers from 0 to {self.layers - 1}")
         if self.experts < 0 or (self.experts and not 1 <= self.experts_per_token <= self.experts):
             raise UserError(
                 f"experts is {self.experts} and experts_per_token {self.experts_per_token}; "

@@ -88,6 +88,8 @@ def _tensors(directory: Path, family: Family, config: ModelConfig, on_disk: dict
 
     def leaf(path: str) -> LazyTensor:
         weight, parts = weights[path], {}
+        for layer in range(weight.first):
+            parts[(layer,)] = lazy(np.ones([sizes[letter] for letter in weight.ours], np.float32))
         for index, name in names[path].items():
             tensor, wanted = found[name], weight.disk_shape(sizes)
             if tensor.dtype not in files.DTYPES.values():

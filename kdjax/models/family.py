@@ -29,6 +29,7 @@ class Weight:
         part: which of the fused parts this is.
         less: what the tensor on disk is smaller by, as scales of norms that are stored as their distance from 1.
         layers: the letter of how many layers there are; M is an encoder's beside a decoder.
+        first: the first layer that has it on disk; those before have it not, and are filled with ones.
     """
 
     name: str
@@ -37,11 +38,13 @@ class Weight:
     part: int | None = None
     less: float = 0.0
     layers: str = "L"
+    first: int = 0
 
     def names(self, sizes: dict[str, int]) -> dict[tuple[int, ...], str]:
         """Return the names of the tensors by what they are of our parameter: all, a layer, or a layer's expert."""
         counts = [range(sizes[letter]) for letter in (self.layers + "E")[: self.name.count("{}")]]
-        return {index: self.name.format(*index) for index in itertools.product(*counts)}
+        found = {index: self.name.format(*index) for index in itertools.product(*counts)}
+        return {index: name for index, name in found.items() if not index or index[0] >= self.first}
 
     def disk_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the tensor's shape on disk."""
@@ -101,9 +104,12 @@ def dense(path: str, name: str, disk: str, ours: str) -> dict[str, Weight]:
     }
 
 
-def norm(path: str, name: str) -> dict[str, Weight]:
+def norm(path: str, name: str, first: int = 0) -> dict[str, Weight]:
     """Return where a LayerNorm's scale and bias lie, which are called weight and bias on disk."""
-    return {f"{path}/scale": Weight(f"{name}.weight", "D", "D"), f"{path}/bias": Weight(f"{name}.bias", "D", "D")}
+    return {
+        f"{path}/scale": Weight(f"{name}.weight", "D", "D", first=first),
+        f"{path}/bias": Weight(f"{name}.bias", "D", "D", first=first),
+    }
 
 
 def expert_weights(block: str, *, gate: str, up: str, down: str) -> dict[str, Weight]:

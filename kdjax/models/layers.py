@@ -130,7 +130,7 @@ class Norm(nn.Module):
             x = x - x.mean(last, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(last, keepdims=True) + self.config.norm_eps)
         x = x * jnp.expand_dims(scale, leading)
-        if self.config.norm == "layer":
+        if self.config.norm == "layer" and self.config.norm_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, dims).astype(jnp.float32)
             x = x + jnp.expand_dims(bias, leading)
         return x.astype(self.dtype)

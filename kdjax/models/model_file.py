@@ -120,8 +120,11 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     """
     tensors = file.tensors | {"layers": _kept(file.tensors["layers"], file.config.layers, keep, file.source)}
     windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
-    unrotated = tuple(place for place, layer in enumerate(keep) if layer in file.config.unrotated)
-    config = replace(file.config, layers=len(keep), windows=windows, unrotated=unrotated)
+    unrotated, unnormed = (
+        tuple(place for place, layer in enumerate(keep) if layer in without)
+        for without in (file.config.unrotated, file.config.unnormed)
+    )
+    config = replace(file.config, layers=len(keep), windows=windows, unrotated=unrotated, unnormed=unnormed)
     return replace(file, config=config, tensors=tensors)
 
 

@@ -9,6 +9,7 @@ from kdjax.models.gemma import GEMMA2, GEMMA3
 from kdjax.models.gpt2 import GPT2
 from kdjax.models.llama import LLAMA
 from kdjax.models.mistral import MISTRAL, MIXTRAL
+from kdjax.models.modernbert import MODERNBERT
 from kdjax.models.neox import NEOX
 from kdjax.models.olmo import OLMO2
 from kdjax.models.phi import PHI3
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "modernbert": MODERNBERT,
     "olmo2": OLMO2,
     "phi3": PHI3,
     "qwen2": QWEN2,

@@ -92,8 +92,11 @@ class Stack(nn.Module):
             rope_waves(view.position_BT, view.segment_BT, c.head_width, rope) if rope is not None else None
             for rope in (c.rope if c.positions == "rope" else None, c.local_rope if c.windows else None)
         )
-        is_rotated_L = jnp.array([n not in c.unrotated for n in range(c.layers)]) if c.unrotated else None
-        own = Own(jnp.arange(c.layers), jnp.array(c.windows) if c.windows else None, is_rotated_L)
+        is_rotated_L, is_normed_L = (
+            jnp.array([n not in without for n in range(c.layers)]) if without else None
+            for without in (c.unrotated, c.unnormed)
+        )
+        own = Own(jnp.arange(c.layers), jnp.array(c.windows) if c.windows else None, is_rotated_L, is_normed_L)
         is_real_BT = view.segment_BT > 0
         shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, is_real_BT, encoded_BSD, encoder_sight)
         layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
@@ -197,7 +200,8 @@ class Transformer(Stack):
 
 def encoder_config(config: ModelConfig) -> ModelConfig:
     """Return the architecture of the encoder in an encoder-decoder: the decoder's, but that each token sees all."""
-    return replace(config, layers=config.encoder_layers, encoder_layers=0, causal=False, windows=(), unrotated=())
+    own: Any = {"windows": (), "unrotated": (), "unnormed": ()}
+    return replace(config, layers=config.encoder_layers, encoder_layers=0, causal=False, **own)
 
 
 def head_name(config: ModelConfig) -> str:

@@ -41,6 +41,14 @@ NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value
 GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "attention_bias": False}
 BERT = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
 ROBERTA = BERT | {"pad_token_id": 0, "layer_norm_eps": 1e-5}
+MODERNBERT = (
+    BERT
+    | {"local_attention": 6, "pad_token_id": 0, "cls_token_id": 0, "sep_token_id": 0}
+    | {
+        "initializer_range": 0.3,
+        "initializer_cutoff_factor": 3.0,
+    }
+)
 DISTILBERT = {"vocab_size": 128, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48} | {
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
@@ -132,6 +140,10 @@ MODELS = {
     "distilbert": lambda: transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**DISTILBERT)),
     "distilbert_classifier": lambda: transformers.DistilBertForSequenceClassification(
         transformers.DistilBertConfig(**DISTILBERT)
+    ),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**MODERNBERT)),
+    "modernbert_classifier": lambda: transformers.ModernBertForSequenceClassification(
+        transformers.ModernBertConfig(**MODERNBERT, norm_bias=True, mlp_bias=True, classifier_bias=True, num_labels=3)
     ),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "t5_gated": lambda: untied(

@@ -30,7 +30,7 @@ from kdjax.train import train
 N, D, E = 7, 5, 4
 B, T, HEADS = 2, 6, 2
 BY_ROWS = [kind for kind, row in FEATURES.items() if row.by_rows]
-RELATIONS = [kind for kind, row in FEATURES.items() if not row.by_rows]
+RELATIONS = [kind for kind in FEATURES if kind.startswith("relation")]
 SEGMENTS = np.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]], np.int32)
 
 
@@ -72,7 +72,19 @@ def relation_oracle(student, teacher, weight, segments=SEGMENTS):
     return total
 
 
+def pooled_oracle(student, teacher, weight, segments=SEGMENTS):
+    """One token after the other: the cosine of the means of its text."""
+    total = 0.0
+    for b, t in np.argwhere(weight > 0):
+        means = [x[b][segments[b] == segments[b, t]].mean(0) for x in (student, teacher)]
+        norms = np.linalg.norm(means[0]) * np.linalg.norm(means[1])
+        cosine = means[0] @ means[1] / norms if norms else 0.0
+        total += weight[b, t] * (1 - cosine)
+    return total
+
+
 ORACLES = {
+    "pooled_cosine": pooled_oracle,
     "hidden_mse": mse_oracle,
     "hidden_cosine": cosine_oracle,
     "contrastive": contrastive_oracle,
@@ -83,6 +95,9 @@ ORACLES = {
 def problem(kind, seed=0):
     """Return student, teacher, segments, weights and a projection (None where the kind has none), in float64."""
     rng = np.random.default_rng(seed)
+    if kind == "pooled_cosine":
+        student, teacher = rng.standard_normal((B, T, D)), rng.standard_normal((B, T, D))
+        return student, teacher, SEGMENTS, (SEGMENTS > 0) * rng.uniform(0.5, 1, (B, T)), None
     if kind in RELATIONS:
         student, teacher = rng.standard_normal((B, T, 2 * HEADS)), rng.standard_normal((B, T, 3 * HEADS))
         return student, teacher, SEGMENTS, (SEGMENTS > 0) * rng.uniform(0.5, 1, (B, T)), None
@@ -351,3 +366,26 @@ def test_inner_layers_without_a_teacher_are_refused(config):
     features = (Feature(layers=((0, 3),)),)
     with pytest.raises(UserError, match="the teacher has no layer 3; wanted one from 0 to 2"):
         build(replace(config, objective=ObjectiveConfig(features=features)))
+
+
+def test_relations_of_encoders_are_with_later_tokens_too():
+    student, teacher, segment, weight, _ = problem("relation_qq")
+    arrays = [jnp.asarray(x, jnp.float32) for x in (student, teacher)]
+    got = feature_sum(replace(feature_of("relation_qq"), causal=False), *arrays, segment, jnp.asarray(weight))
+    total = 0.0
+    for b, t in np.argwhere(weight > 0):
+        keys = np.flatnonzero(segment[b] == segment[b, t])
+        for head in range(HEADS):
+            rows = []
+            for x in (student, teacher):
+                part = x[b].reshape(T, HEADS, -1)[:, head]
+                exp = np.exp(part[keys] @ part[t] / np.sqrt(part.shape[-1]))
+                rows.append(exp / exp.sum())
+            total += weight[b, t] * np.sum(rows[1] * np.log(rows[1] / rows[0])) / HEADS
+    assert got == pytest.approx(total, rel=1e-5)
+    assert resolved(Feature("relation_kk"), STUDENT._replace(causal=False), TEACHER).causal is False
+
+
+def test_means_of_texts_want_one_width():
+    with pytest.raises(UserError, match="wanted one width, since means are not projected"):
+        resolved(Feature("pooled_cosine"), STUDENT, TEACHER)

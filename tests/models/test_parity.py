@@ -21,8 +21,18 @@ from kdjax.shapes import View
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = ["llama_tied", "llama_untied", "llama_3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"]
 NAMES += ["mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3"]
-NAMES += ["bert", "bert_classifier", "bert_model", "t5", "t5_gated", "roberta", "roberta_classifier", "distilbert"]
-NAMES += ["distilbert_classifier"]
+NAMES += [
+    "bert",
+    "bert_classifier",
+    "bert_model",
+    "t5",
+    "t5_gated",
+    "modernbert",
+    "roberta",
+    "roberta_classifier",
+    "distilbert",
+]
+NAMES += ["distilbert_classifier", "modernbert_classifier"]
 
 
 @functools.cache
