@@ -19,16 +19,16 @@ def get_config() -> Config:
     return Config(
         name="embedding",
         teacher=ModelSpec(source="all-minilm-l6-v2"),
-        student=ModelSpec(source="teacher", keep_layers=(1, 3, 5)),
-        data=DataConfig(packing="first_fit", sequence_length=64, eval_tokens=16_384),
+        student=ModelSpec(source="teacher", keep_layers=(0, 3, 5)),
+        data=DataConfig(sequence_length=64, eval_tokens=16_384),
         objective=ObjectiveConfig(
             logits=False,
-            features=(Feature("hidden_cosine", layers=last), Feature("pooled_cosine", weight=10.0, layers=last)),
+            features=(Feature("hidden_mse", weight=10.0, layers=last), Feature("hidden_cosine", layers=last)),
         ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20),
         checkpoint=CheckpointConfig(every=100, keep=1, keep_best=False),
-        steps=300,
+        steps=500,
         batch_size=32,
-        eval_every=100,
+        eval_every=250,
         notes=("Next: kdjax export runs/embedding OUT, which sentence-transformers and transformers load.",),
     )

@@ -38,7 +38,7 @@ def config_of(task, rows, **changes):
     objective = ObjectiveConfig(alpha=0.0)
     if task == "embedding":
         objective = ObjectiveConfig(logits=False, features=(Feature("hidden_mse"), Feature("relation_qq")))
-    packing = "first_fit" if task in ("classification", "embedding", "seq2seq") else "concat"
+    packing = "first_fit" if task in ("classification", "seq2seq") else "concat"
     return replace(
         Config(
             name=task,

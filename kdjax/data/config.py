@@ -95,7 +95,7 @@ class DataConfig:
             raise UserError(f"data.packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
         if self.task not in get_args(Task):
             raise UserError(f"data.task is {self.task!r}; it must be one of {', '.join(get_args(Task))}")
-        if self.task in ("classification", "embedding", "seq2seq") and self.packing != "first_fit":
+        if self.task in ("classification", "seq2seq") and self.packing != "first_fit":
             raise UserError(
                 f"packing {self.packing!r} would cut the examples of {self.task}; set data.packing to first_fit"
             )

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def build(
     facts = Facts(
         tokenizer,
         mask_fraction=config.mask_fraction,
-        inputs=config.sequence_length,
+        inputs=config.sequence_length if config.packing == "first_fit" else sys.maxsize,
         targets=config.lengths["tokens"],
         start_token=start_token,
         labels=labels,

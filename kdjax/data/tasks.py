@@ -26,7 +26,7 @@ class Facts:
     Attributes:
         tokenizer: the model's.
         mask_fraction: share of the tokens that a masked language model is to find.
-        inputs: tokens that an encoder takes, by which a longer text is cut.
+        inputs: tokens that an encoder takes; a longer text is cut, unless rows are to take it in parts.
         targets: tokens that a decoder beside it takes.
         start_token: the token that a decoder beside an encoder begins with.
         labels: how many classes there are.
