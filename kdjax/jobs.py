@@ -50,7 +50,7 @@ def generate_text(
     ids = (
         tokenizer.encode(tokenizer.render(turn, add_generation_prompt=True))
         if chat
-        else tokenizer.encode_prompt(prompt)
+        else tokenizer.encode_prompt(prompt, is_input=file.config.encoder_layers > 0)
     )
     params = place.load(file.tensors, model.logical_axes(), "float32")
     new = generate(

@@ -85,6 +85,7 @@ def _continued(job: Job, model: Model, params: Any) -> str:
     """Return the greedy continuation of the config's prompt, empty without one."""
     if not job.config.prompt:
         return ""
-    prompts, end = [job.tokenizer.encode_prompt(job.config.prompt)], job.tokenizer.eos_ids
+    is_input, end = model.config.encoder_layers > 0, job.tokenizer.eos_ids
+    prompts = [job.tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
     new = generate(model, params, prompts, max_new_tokens=job.config.prompt_tokens, eos_ids=end)[0]
     return job.tokenizer.decode(new)

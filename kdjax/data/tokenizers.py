@@ -77,10 +77,14 @@ class Tokenizer:
         # The batched call lets go of Python's lock and skips offsets: other threads run on, and it takes half the time.
         return self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a text that is to be continued: with the tokenizer's BOS, without its end of text."""
+    def encode_prompt(self, text: str, *, is_input: bool = False) -> list[int]:
+        """Return the ids of a text that is to be continued: with the tokenizer's BOS, without its end of text.
+
+        An encoder's input, which a decoder answers, is a whole text: it has its end.
+        """
         ids = self.encode(text, special=True)
-        return ids[:-1] if ids[-1:] == [self.eos_id] else ids
+        ids = ids[:-1] if ids[-1:] == [self.eos_id] else ids
+        return [*ids, self.eos_id] if is_input else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of ids, with special tokens or without."""

@@ -51,6 +51,7 @@ def test_a_pair_and_a_text_as_input_and_output():
     long = [made("seq2seq", TEXT, replace(FACTS, inputs=64, targets=20), seed) for seed in range(5)]
     assert {len(each["inputs"]) for each in long} == {64} and {len(each["tokens"]) for each in long} == {20}
     assert len({BYTES.decode(each["inputs"]) for each in long}) > 1, "another place for another draw"
+    assert BYTES.encode_prompt("two and two", is_input=True) == pair["inputs"].tolist()
     with pytest.raises(UserError, match="no pair of input and output"):
         made("seq2seq", Example("messages", (("user", "a"), ("assistant", "b"))))
 
