@@ -242,7 +242,7 @@ def test_every_family_has_its_row_of_what_it_can_do():
     for row in rows:
         assert max(row["import_error"], row["packed_error"], row["export_error"]) < 1e-5
         assert row.get("greedy_equal", True) and ("greedy_equal" in row) == (row["task"] in ("causal_lm", "seq2seq"))
-        assert row["task"] == "embedding" or row["kl_after"] < 0.6 * row["kl_before"]
+        assert row["task"] == "embedding" or row["kl_after"] < 0.75 * row["kl_before"]
 
 
 def test_a_model_is_read_run_and_distilled(monkeypatch):
