@@ -104,7 +104,7 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
         )
 
     def selected(tensor: LazyTensor) -> LazyTensor:
-        return stacked([_layer_of(tensor, layer) for layer in keep])
+        return stacked([layer_of(tensor, layer) for layer in keep])
 
     tensors = file.tensors | {"layers": jax.tree.map(selected, file.tensors["layers"])}
     windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
@@ -113,5 +113,6 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     return replace(file, config=config, tensors=tensors)
 
 
-def _layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:
+def layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:
+    """Return one entry of a tensor's first axis, without that axis."""
     return LazyTensor(tensor.shape[1:], lambda index: tensor.read((slice(layer, layer + 1), *index))[0])
