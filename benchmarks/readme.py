@@ -19,12 +19,13 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import harness, kinds, loss_compiled, loss_table, models
+from benchmarks import harness, kinds, loss_compiled, loss_table, models, students
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 LOSSES = ROOT / "docs" / "losses.md"
 MODELS = ROOT / "docs" / "models.md"
+STUDENTS = ROOT / "docs" / "students.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -146,6 +147,11 @@ MODEL_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of models."""
 
+STUDENT_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "students": lambda results: students.markdown(harness.read(results / "students.jsonl")),
+}
+"""The same for the page of students."""
+
 
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
@@ -163,6 +169,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     README: render,
     LOSSES: partial(render_page, LOSS_BLOCKS),
     MODELS: partial(render_page, MODEL_BLOCKS),
+    STUDENTS: partial(render_page, STUDENT_BLOCKS),
 }
 
 

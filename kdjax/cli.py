@@ -74,7 +74,8 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    logging.getLogger("kdjax.train").setLevel(logging.INFO)
+    for name in ("kdjax.train", "kdjax.student"):
+        logging.getLogger(name).setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not sys.warnoptions:
@@ -162,6 +163,24 @@ def _export(options: argparse.Namespace, flags: list[str]) -> None:
     print(export_run(options.model, options.out))
 
 
+def _student(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.console import student_table
+    from kdjax.data import DataConfig
+    from kdjax.models import Cut
+    from kdjax.student import make_student
+
+    names = ("layers", "choose", "mlp", "heads", "kv_heads", "width", "vocab", "dense")
+    cut = Cut(keep_layers=tuple(options.keep_layers), **{name: getattr(options, name) for name in names})
+    text = DataConfig(sources=tuple(options.sources), sequence_length=options.sequence_length)
+    report = make_student(options.teacher, options.out, cut, text, options.rows, options.dtype)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(student_table(report["models"]))
+    console.print(f"layers kept: {' '.join(map(str, report['kept']['layers']))}")
+    console.print(f"student: {options.out}   what was kept and why: {options.out / 'student.json'}")
+
+
 def _report(options: argparse.Namespace, flags: list[str]) -> None:
     from kdjax.report import default_out, write_report
 
@@ -222,9 +241,48 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     export = add("export", _export, "write a run's model as a Hugging Face directory")
     export.add_argument("model", metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
+    _add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")
     fetch = add("fetch", _fetch, "get a known model into the cache")
     fetch.add_argument("name")
     return parser, commands.choices
+
+
+def _add_student(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command that cuts students."""
+    command.add_argument("teacher", metavar="TEACHER", help="a directory, run, .gguf file, known name or hub id")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new directory in Hugging Face's format")
+    command.add_argument("--layers", type=int, metavar="N", help="layers to keep")
+    command.add_argument("--keep-layers", type=int, nargs="+", default=[], metavar="I", help="which ones, from 0")
+    command.add_argument(
+        "--choose",
+        choices=("even", "ends", "importance"),
+        default="even",
+        help="how --layers chooses: spread with the first and last, the first and last halves, or by how much each "
+        "changes its input (default: %(default)s)",
+    )
+    command.add_argument("--mlp", type=int, metavar="N", help="neurons of each layer's mlp to keep")
+    command.add_argument("--heads", type=int, metavar="N", help="query heads to keep, as many of every group")
+    command.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads to keep, with their query heads")
+    command.add_argument("--width", type=int, metavar="N", help="channels of the embedding to keep")
+    command.add_argument(
+        "--vocab",
+        type=int,
+        metavar="N",
+        help="tokens to keep, the commonest in the text. A student is distilled by a teacher of the same tokens: first "
+        "cut the teacher alone (kdjax student TEACHER SMALLER --vocab N), then students out of SMALLER",
+    )
+    command.add_argument("--dense", action="store_true", help="of each layer's experts keep the most used as its mlp")
+    command.add_argument(
+        "--sources", nargs="+", default=["python_docs"], metavar="SOURCE", help="text, as --data.sources of train"
+    )
+    command.add_argument("--rows", type=int, default=32, help="of text to measure on (default: %(default)s)")
+    command.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the measuring and of the weights written (default: %(default)s)",
+    )

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box, progress
@@ -187,18 +187,50 @@ def comparison(summary: Mapping[str, Any], figures: Figures = FIGURES) -> tuple[
     return [headings[i] for i in known], [[row[i] for i in known] for row in table]
 
 
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of text, figures to the right."""
+    found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in headings:
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for row in rows:
+        found.add_row(*map(Text, row))
+    return found
+
+
+STUDENT: Figures = {
+    "layers": ("layers", count),
+    "width": ("width", count),
+    "heads": ("heads", count),
+    "kv heads": ("kv_heads", count),
+    "mlp": ("mlp_width", count),
+    "vocabulary": ("vocab_size", count),
+    "parameters": ("parameters", count),
+    "MB": ("bytes", lambda size: amount(size / 1e6)),
+    "KL to teacher (nats)": ("kl", amount),
+    "top-1 agreement": ("agreement", percent),
+    "perplexity": ("perplexity", amount),
+}
+"""Rows of the table of a cut student: what stands before them, key, format."""
+
+
+def student_table(models: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """Return the table of teacher, student before training, and a random student of its shape."""
+    rows = [
+        [name, *(show(model[key]) if key in model else MISSING for model in models.values())]
+        for name, (key, show) in STUDENT.items()
+    ]
+    return table(["", *models], rows)
+
+
 def final_table(summary: Mapping[str, Any]) -> RenderableType:
     """Return the closing table: teacher, student before and after; then how each continued the same prompt."""
-    headings, rows = comparison(summary)
-    figures = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in headings:
-        figures.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
-    for row in rows:
-        figures.add_row(*map(Text, row), style="bold" if row is rows[-1] else "")
+    figures = table(*comparison(summary))
+    if figures.rows:
+        figures.rows[-1].style = "bold"
     said = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
     said.add_column(style="dim", no_wrap=True)
     said.add_column(overflow="fold")
     texts = summary.get("continuations") or {}
     for who, text in ({"prompt": summary.get("prompt", "")} | texts if texts else {}).items():
         said.add_row(Text(visible(who)), Text(visible(text).strip()))
-    return Group(*(part for table in (figures, said) if table.row_count for part in (table, "")))
+    return Group(*(part for shown in (figures, said) if shown.row_count for part in (shown, "")))

@@ -3,13 +3,17 @@
 from kdjax.models.attention import Cache
 from kdjax.models.config import ModelConfig, ModelSpec
 from kdjax.models.convert import export
+from kdjax.models.importance import Importance
 from kdjax.models.model_file import LazyTensor, ModelFile, select_encoder_layers, select_layers
 from kdjax.models.open import open_model
+from kdjax.models.prune import Cut
 from kdjax.models.transformer import TAPS, Model, parameter_count
 
 __all__ = [
     "TAPS",
     "Cache",
+    "Cut",
+    "Importance",
     "LazyTensor",
     "Model",
     "ModelConfig",

@@ -191,7 +191,7 @@ def export(
     family = family_named(config.family)
     if dtype not in STORED:
         raise UserError(f"dtype is {dtype!r}; wanted one of {', '.join(STORED)}")
-    hf = _hf_config(family, config)
+    hf = hf_config(config)
     with files.whole_directory(Path(out)) as directory:
         ids = _write_tokenizer(tokenizer, directory)
         files.write_json(directory / "config.json", ids | hf | {"torch_dtype": dtype})
@@ -199,8 +199,13 @@ def export(
     return Path(out)
 
 
-def _hf_config(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json, having checked that it says all of `config`."""
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of an architecture.
+
+    Raises:
+        UserError: it cannot say all of it.
+    """
+    family = family_named(config.family)
     hf = family.config_to_hf(config)
     back = family.config_from_hf(hf)
     for name, value in vars(replace(config, dropout=0.0)).items():

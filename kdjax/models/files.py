@@ -48,6 +48,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_free(out: Path) -> None:
+    """Check that `out` can become a new directory.
+
+    Raises:
+        UserError: there is something already.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty directory; give another, or remove it")
+
+
 @contextlib.contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
     """Yield a fresh directory beside `out`, which takes that name only when the block has ended well.
@@ -55,8 +65,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
     Raises:
         UserError: `out` has something in it already, or cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty directory; give another, or remove it")
+    check_free(out)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)

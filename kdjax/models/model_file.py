@@ -109,7 +109,7 @@ def _kept(tensors: Any, layers: int, keep: Sequence[int], source: str) -> Any:
         raise UserError(
             f"cannot keep layers {tuple(keep)} of {source}: wanted at least one, each from 0 to {layers - 1}"
         )
-    return jax.tree.map(lambda tensor: stacked([_layer_of(tensor, layer) for layer in keep]), tensors)
+    return jax.tree.map(lambda tensor: stacked([layer_of(tensor, layer) for layer in keep]), tensors)
 
 
 def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
@@ -128,5 +128,6 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     return replace(file, config=config, tensors=tensors)
 
 
-def _layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:
+def layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:
+    """Return one entry of a tensor's first axis, without that axis."""
     return LazyTensor(tensor.shape[1:], lambda index: tensor.read((slice(layer, layer + 1), *index))[0])

@@ -39,6 +39,9 @@ from kdjax.shapes import Array, Head, Output, View
 TAPS = ("hidden", "q", "k", "v")
 """What `Model.apply` can tap in each layer: its output, and the queries, keys and values that attention sees."""
 
+STATISTICS = "statistics"
+"""The collection that what is measured inside a call is put into (`kdjax.models.importance`), stacked by layer."""
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -115,7 +118,7 @@ class Stack(nn.Module):
         scan: Any = nn.scan
         return scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, STATISTICS: 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=self.config.layers,
@@ -262,6 +265,13 @@ class Model:
                 raise UserError(f"a model has no tap {name!r}{did_you_mean(name, TAPS)}")
         output: Any = self._module(taps).apply({"params": params}, view, cache, row_keys_B)
         return output
+
+    def watched(self, params: dict, view: View, watch: Any) -> dict:
+        """Return what `watch`, an interceptor of each module's calls, puts into the collection `STATISTICS`."""
+        module: Any = self._module()
+        with nn.intercept_methods(watch):
+            _, found = module.apply({"params": params}, view, mutable=[STATISTICS])
+        return found[STATISTICS]
 
     def head(self, params: dict) -> Head:
         """Return the map from hidden states to logits: the head's own kernel, or the embedding when tied."""

@@ -11,10 +11,11 @@ import pytest
 
 from benchmarks.models import error, logits, packed_error, their_logits, theirs, view
 from kdjax.generate import generate
-from kdjax.models import Model, export, open_model
+from kdjax.models import Cut, Importance, Model, export, open_model, select_layers
 from kdjax.models.convert import disk_tensors
 from kdjax.models.family import sizes_of
 from kdjax.models.files import map_safetensors
+from kdjax.models.prune import densified, pick, shape, take
 from kdjax.models.registry import FAMILIES
 from kdjax.shapes import View
 
@@ -173,3 +174,34 @@ def test_gradients_equal_those_of_torch(name, tmp_path):
     for disk_name, tensor in ours.items():
         got, wanted = tensor.all() + less[disk_name], named[disk_name]  # a gradient knows no distance from 1
         np.testing.assert_allclose(got, wanted, atol=1e-4 * max(1, np.abs(wanted).max()), err_msg=disk_name)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("llama_tied", Cut(layers=2, mlp=20, kv_heads=1, width=24, vocab=100)),
+        ("qwen3", Cut(keep_layers=(0, 2), mlp=20, heads=2, width=16)),
+        ("gemma3", Cut(layers=2, choose="ends", mlp=20, kv_heads=1, width=16)),
+        ("gpt2", Cut(layers=2, mlp=20)),
+        ("mixtral", Cut(layers=2, mlp=20, width=16, dense=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cut_model_is_the_same_in_transformers(name, cut, tmp_path):
+    torch = pytest.importorskip("torch")
+    file, rng = open_model(str(GOLDEN / name)), np.random.default_rng(0)
+    dense = densified(file, (1, 3, 0)) if cut.dense else file
+    sizes = sizes_of(file.config)
+    scores = Importance(
+        *(rng.random([sizes[letter] for letter in letters]) for letters in ("L", "LH", "LF", "D", "LE"))
+    )
+    keep, picks = pick(dense.config, cut, scores)
+    picks = {**picks, "V": np.arange(100)} if cut.vocab else picks
+    student = take(select_layers(dense, keep), picks)
+    assert student.config == shape(file, cut)
+    params = jax.tree.map(lambda tensor: tensor.all(), student.tensors)
+    theirs = exported(student.config, student.tensors, tmp_path / "out")
+    tokens = np.load(GOLDEN / name / "expected.npz")["tokens"] % student.config.vocab_size
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits(Model(student.config), params, view(tokens)), wanted, atol=1e-5, rtol=0)
