@@ -200,8 +200,10 @@ def test_a_cut_model_is_the_same_in_transformers(name, cut, tmp_path):
     student = take(select_layers(dense, keep), picks)
     assert student.config == shape(file, cut)
     params = jax.tree.map(lambda tensor: tensor.all(), student.tensors)
-    theirs = exported(student.config, student.tensors, tmp_path / "out")
+    other = exported(student.config, student.tensors, tmp_path / "out")
     tokens = np.load(GOLDEN / name / "expected.npz")["tokens"] % student.config.vocab_size
     with torch.no_grad():
-        wanted = theirs(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(logits(Model(student.config), params, view(tokens)), wanted, atol=1e-5, rtol=0)
+        wanted = other(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(
+        logits(Model(student.config), params, view(student.config, tokens)), wanted, atol=1e-5, rtol=0
+    )

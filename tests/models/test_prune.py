@@ -35,7 +35,7 @@ def whole(file):
 
 
 def run(file, params=None):
-    return np.asarray(logits(Model(file.config), whole(file) if params is None else params, view(TOKENS)))
+    return np.asarray(logits(Model(file.config), whole(file) if params is None else params, view(file.config, TOKENS)))
 
 
 def some(of, keep, layers=None):
@@ -106,7 +106,7 @@ def test_channels_that_are_zero_change_nothing_but_the_means_of_norms(name):
 def test_logits_of_kept_tokens_are_the_teachers(name):
     file, keep_V = opened(name), np.union1d(TOKENS, [0, 127])
     cut = take(file, {"V": keep_V})
-    again = np.asarray(logits(Model(cut.config), whole(cut), view(np.searchsorted(keep_V, TOKENS))))
+    again = np.asarray(logits(Model(cut.config), whole(cut), view(cut.config, np.searchsorted(keep_V, TOKENS))))
     np.testing.assert_allclose(again, run(file)[..., keep_V], atol=2e-6)
 
 
