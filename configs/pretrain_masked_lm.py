@@ -3,7 +3,7 @@
 COMMAND:  kdjax train configs/pretrain_masked_lm.py
 HARDWARE: 2 CPU cores; no GPU, no network
 TIME:     about 2 minutes
-RESULT:   perplexity of a hidden byte on held-out text falls from about 260 to what docs/models.md shows
+RESULT:   perplexity of a hidden byte on held-out text falls from about 260 to about 20
 NEXT:     kdjax train configs/masked_lm.py
 """
 

@@ -3,7 +3,7 @@
 COMMAND:  kdjax train configs/pretrain_seq2seq.py
 HARDWARE: 2 CPU cores; no GPU, no network
 TIME:     about 2 minutes
-RESULT:   perplexity of a byte of how held-out text goes on falls from about 260 to what docs/models.md shows
+RESULT:   perplexity of a byte of how held-out text goes on falls from about 260
 NEXT:     kdjax train configs/seq2seq.py
 """
 
