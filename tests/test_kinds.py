@@ -71,6 +71,7 @@ def rows(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", MODELS)
 def test_every_kind_trains_is_measured_and_exported(task, rows, tmp_path):
     summary = train(config_of(task, rows), tmp_path / "run")

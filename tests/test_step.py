@@ -187,6 +187,7 @@ def test_trap_4_experts_lie_anywhere(name, alone_with_experts):
     assert ("load_balance" in logged[0]) == bool(weight)
 
 
+@pytest.mark.slow
 def test_the_load_balance_of_microbatches_counts_by_their_real_tokens():
     batch, objective = _uneven_batch(), replace(OBJECTIVE, load_balance=0.1)
     recipe = _recipe(student=MOE, objective=objective, microbatches=2)

@@ -205,6 +205,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, config, mon
     assert summary(tmp_path)["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_debug_names_where_numbers_are_not_finite(tmp_path, config, monkeypatch):
     """A student whose weights are NaN: the run stops at the first step, naming the student's hidden states alone."""
     start = Job.start
@@ -219,6 +220,7 @@ def test_debug_names_where_numbers_are_not_finite(tmp_path, config, monkeypatch)
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_numbers_that_stay_bad_end_the_run_and_leave_the_last_good_state(tmp_path, config, monkeypatch):
     config = replace(config, steps=12, abort_after=4, checkpoint=replace(config.checkpoint, every=1, keep=2))
     with monkeypatch.context() as patch:

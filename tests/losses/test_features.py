@@ -346,6 +346,7 @@ def test_a_run_trains_and_saves_projections_and_exports_none(config, home):  # n
     assert again["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_saved_state_goes_on_bit_for_bit(config, tmp_path):
     job = build(config)
     frozen, batches = job.frozen(), job.data.train(None)
