@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import os
 import re
@@ -142,19 +143,38 @@ def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, flags: list[str]) -> None:
-    from kdjax.jobs import generate_text
+    from kdjax.jobs import generate_texts, read_prompts
+    from kdjax.sampling import Sampling
 
-    print(
-        generate_text(
-            options.model,
-            options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-            chat=options.chat,
-        )
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    if not prompts:
+        raise UserError("which prompt? Give --prompt TEXT, once or several times, or --prompts FILE")
+    pieces = generate_texts(
+        options.model,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
+        seed=options.seed,
+        stop=options.stop,
+        chat=options.chat,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
     )
+    if len(prompts) == 1 and not options.json:
+        for _, piece, _ in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts, done = [""] * len(prompts), set[int]()
+    printed = 0
+    for number, piece, is_over in pieces:
+        texts[number] += piece
+        done |= {number} if is_over else set()
+        if is_over and not len(done) % options.batch_size:
+            _say(f"{len(done):,} of {len(prompts):,} prompts")
+        while printed in done:
+            print(json.dumps({"prompt": prompts[printed], "text": texts[printed]}, ensure_ascii=False), flush=True)
+            printed += 1
 
 
 def _export(options: argparse.Namespace, flags: list[str]) -> None:
@@ -232,12 +252,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument("--json", action="store_true", help="print JSON and nothing else")
     generate = add("generate", _generate, "continue a prompt with a run or a model")
     generate.add_argument("model", metavar="RUN_OR_MODEL")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the chat template")
-    generate.add_argument("--max-new-tokens", type=int, default=100)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
+    _add_generate(generate)
     export = add("export", _export, "write a run's model as a Hugging Face directory")
     export.add_argument("model", metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -248,6 +263,30 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     fetch = add("fetch", _fetch, "get a known model into the cache")
     fetch.add_argument("name")
     return parser, commands.choices
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    """Add what is continued, and how."""
+    command.epilog = "The text of one prompt is shown as it comes; of several, a line of JSON each, in their order."
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    command.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line; of a .jsonl file the field "prompt" of each line'
+    )
+    command.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
+    command.add_argument("--json", action="store_true", help="a line of JSON for a single prompt too")
+    command.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    command.add_argument("--top-k", type=int, default=0, help="choose among so many tokens; 0: all (default)")
+    command.add_argument("--top-p", type=float, default=1.0, help="among those that hold this probability together")
+    command.add_argument("--min-p", type=float, default=0.0, help="among those of this share of the likeliest's")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=16, help="prompts at once (default: %(default)s)")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
+    )
 
 
 def _add_student(command: argparse.ArgumentParser) -> None:

@@ -1,9 +1,12 @@
-"""Prompts -> continuations: prefill and decode with a key/value cache, all of it under one jit."""
+"""Prompts -> continuations: prefill and decode under jit, with a key/value cache that stays where it is.
+
+Decoding comes back to the host once in a block of tokens: there text is shown as it comes, and ended by strings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,35 +17,17 @@ import numpy as np
 from kdjax.errors import UserError
 from kdjax.losses import head_logits
 from kdjax.models import Cache, Model
+from kdjax.sampling import Sampling, choose
 from kdjax.shapes import Array, View
 
 PROMPT_UNIT = 32
 """Prompts are padded to a multiple of this, so that few lengths are compiled."""
 
+BLOCK = 16
+"""So many tokens a row are decoded between two looks of the host."""
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from its logits."""
 
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Choose among so many likeliest tokens; 0 means all."""
-    top_p: float = 1.0
-    """Choose among the fewest likeliest tokens that hold this probability together."""
-
-    def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: for a value outside its range.
-        """
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; wanted 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; wanted 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; wanted above 0 and at most 1")
+GREEDY = Sampling()
 
 
 def generate(
@@ -51,33 +36,99 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     eos_ids: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return each prompt's continuation, up to and with the first of `eos_ids`; of an encoder-decoder what it answers.
 
-    A draw depends on the seed, the prompt's number and the step alone.
-
     Raises:
         UserError: for an empty or over-long prompt, a token outside the vocabulary, or a bad sampling value.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    blocks = stream(
+        model, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eos_ids=eos_ids
+    )
+    rows: list[list[int]] = [[] for _ in prompts]
+    for block in blocks:
+        for row, new in zip(rows, block, strict=True):
+            row += new
+    return rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """Where decoding stands: each row's last token, the place of its next one, and how many tokens were chosen."""
+
+    token_B: Array
+    position_B: Array
+    cache: Cache
+    is_done_B: Array
+    number: Array
+
+
+def stream(
+    model: Model,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    eos_ids: Sequence[int] = (),
+    first: int = 0,
+) -> Iterator[list[list[int]]]:
+    """Yield each prompt's next tokens, at most `BLOCK` a time and none after its end; then the next ones.
+
+    A draw depends on the seed, the prompt's number (`first` and after) and the step alone. What all prompts begin with
+    is computed once.
+
+    Raises:
+        UserError: as `generate` does.
+    """
     sampling.check()
     if not prompts:
-        return []
-    _check_prompts(model, prompts, max_new_tokens)
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        return
+    check_prompts(model, prompts, max_new_tokens)
+    params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
+    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(len(prompts)))
     view = _left_padded(prompts)
     if model.config.encoder_layers:
         view = replace(_left_padded([[model.config.start_token]] * len(prompts), unit=1), encoder=view)
-    tokens_BN = np.asarray(_run(model, sampling, max_new_tokens, tuple(eos_ids), params, view, keys_B))
-    return [_until_eos(row.tolist(), eos_ids) for row in tokens_BN]
+    rest, prefix = _shared_prefix(model, prompts, view)
+    how, slots = (model, sampling, tuple(eos_ids)), view.tokens_BT.shape[1] + max_new_tokens
+    state = _prefill(*how, slots, params, rest, prefix, keys_B)
+    new_BN, is_over_B, number = np.asarray(state.token_B)[:, None], np.zeros(len(prompts), bool), 1
+    while True:
+        yield [[] if over else _until_eos(new, eos_ids) for new, over in zip(new_BN.tolist(), is_over_B, strict=True)]
+        is_over_B = np.asarray(state.is_done_B)
+        if is_over_B.all() or number == max_new_tokens:
+            return
+        state, block_BN = _decode(*how, max_new_tokens, params, state, keys_B)
+        new_BN, number = np.asarray(block_BN)[:, : int(state.number) - number], int(state.number)
 
 
-def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def settled(text: str, stop: Sequence[str], is_over: bool) -> tuple[str, bool]:
+    """Return what of a text no further token changes, and whether it is at its end: before the first of `stop`.
+
+    Held back are the last character while bytes of it are missing, and what a stop string may begin with.
+    """
+    found = [text.index(end) for end in stop if end in text]
+    if found:
+        return text[: min(found)], True
+    if is_over:
+        return text, True
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    held = [size for end in stop for size in range(1, len(end)) if text.endswith(end[:size])]
+    return text[: len(text) - max(held, default=0)], False
+
+
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Check that a model can go on with prompts.
+
+    Raises:
+        UserError: an encoder, an empty or over-long prompt, a token outside the vocabulary, no token asked for.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
     if not model.config.causal:
@@ -98,7 +149,7 @@ def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_token
 
 def _left_padded(prompts: Sequence[Sequence[int]], unit: int = PROMPT_UNIT) -> View:
     """Return the prompts ending in the same column, padding (segment 0) before them."""
-    width = -(-max(map(len, prompts)) // unit) * unit
+    width = _padded(max(map(len, prompts)), unit)
     tokens_BT, segment_BT, position_BT = (np.zeros((len(prompts), width), np.int32) for _ in range(3))
     for row, prompt in enumerate(prompts):
         tokens_BT[row, -len(prompt) :] = prompt
@@ -107,65 +158,122 @@ def _left_padded(prompts: Sequence[Sequence[int]], unit: int = PROMPT_UNIT) -> V
     return View(tokens_BT, segment_BT, position_BT)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Prefix:
+    """What all prompts begin with: one row of tokens, the slot where each prompt begins, the slots it fills."""
+
+    view: View
+    first_B: Array
+    slots: int = field(metadata={"static": True})
+
+
+def _shared_prefix(model: Model, prompts: Sequence[Sequence[int]], view: View) -> tuple[View, _Prefix | None]:
+    """Return the last columns of the view, and what stands before them where that is the same in all prompts.
+
+    It is not shared where angles depend on how long the whole text is.
+    """
+    ropes = [rope for rope in (model.config.rope, model.config.local_rope) if rope is not None]
+    if len(prompts) == 1 or model.config.encoder_layers or any(rope.scaling == "dynamic" for rope in ropes):
+        return view, None
+    shortest, width = min(prompts, key=len), view.tokens_BT.shape[1]
+    differ = (n for n, token in enumerate(shortest) if any(prompt[n] != token for prompt in prompts))
+    shared = next(differ, len(shortest))
+    shared = min(shared, len(shortest) - 1)
+    columns = _padded(max(map(len, prompts)) - shared)
+    if columns >= width:
+        return view, None
+    tokens_1T, segment_1T = np.zeros((2, 1, _padded(shared)), np.int32)
+    tokens_1T[0, :shared], segment_1T[0, :shared] = shortest[:shared], 1
+    row = View(tokens_1T, segment_1T, np.arange(tokens_1T.shape[1], dtype=np.int32)[None])
+    first_B = width - np.array([len(prompt) for prompt in prompts])
+    return jax.tree.map(lambda x_BT: x_BT[:, -columns:], view), _Prefix(row, first_B, width - columns)
+
+
+def _padded(length: int, unit: int = PROMPT_UNIT) -> int:
+    return -(-length // unit) * unit
+
+
 def _until_eos(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
     end = next((at + 1 for at, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return tokens[:end]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(
-    model: Model, sampling: Sampling, new: int, eos_ids: tuple[int, ...], params: dict, view: View, keys_B: Array
-) -> Array:
-    """Return tokens_BN: so many new tokens a row, zeros after all rows have ended."""
-    batch, width = view.tokens_BT.shape
-    params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
-    head = model.head(params)
+def _prefill(
+    model: Model,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    slots: int,
+    params: dict,
+    view: View,
+    prefix: _Prefix | None,
+    keys_B: Array,
+) -> _State:
+    """Return the state once the prompts are read and their first tokens are chosen."""
+    cache = model.empty_cache(view.tokens_BT.shape[0], slots)
+    if prefix is not None:
+        cache = _spread(model, params, prefix, cache)
+    token_B, cache = _next(model, sampling, params, view, cache, keys_B, 0)
+    position_B = jnp.asarray(view.position_BT)[:, -1] + 1
+    return _State(token_B, position_B, cache, _is_end(token_B, eos_ids), jnp.int32(1))
 
-    def step(view: View, cache: Cache, number: Array | int) -> tuple[Array, Cache]:
-        output = model.apply(params, view, cache=cache)
-        logits_BV = head_logits(output.hidden_BTD[:, -1], head)
-        return choose(logits_BV, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)), output.cache
 
-    def ended(token_B: Array) -> Array:
-        return jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
+def _spread(model: Model, params: dict, prefix: _Prefix, cache: Cache) -> Cache:
+    """Return the empty cache with the prefix, computed once, in the first slots of each row, where its text begins."""
+    seen = model.apply(params, prefix.view, cache=model.empty_cache(1, prefix.view.tokens_BT.shape[1])).cache
+    place_BS = jnp.arange(prefix.slots)[None, :] - prefix.first_B[:, None]
 
-    def unfinished(state: Any) -> Array:
-        number, *_, done_B = state
-        return (number < new) & ~done_B.all()
+    def filled(old_LBSGK: Array, new_L1SGK: Array) -> Array:
+        return old_LBSGK.at[:, :, : prefix.slots].set(new_L1SGK[:, 0, jnp.maximum(place_BS, 0)])
 
-    def decode(state: Any) -> Any:
-        number, tokens_BN, token_B, position_B, cache, done_B = state
-        one = View(token_B[:, None], jnp.ones((batch, 1), jnp.int32), position_B[:, None])
-        token_B, cache = step(one, cache, number)
-        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], number, axis=1)
-        return number + 1, tokens_BN, token_B, position_B + 1, cache, done_B | ended(token_B)
+    segment_BS = cache.segment_BS.at[:, : prefix.slots].set(place_BS >= 0)
+    own = jax.tree.map(filled, cache.own, seen.own)
+    return replace(cache, own=own, segment_BS=segment_BS, used=jnp.int32(prefix.slots))
 
-    token_B, cache = step(view, model.empty_cache(batch, width + new), 0)
-    tokens_BN = jnp.zeros((batch, new), jnp.int32).at[:, 0].set(token_B)
-    state = (jnp.int32(1), tokens_BN, token_B, jnp.asarray(view.position_BT)[:, -1] + 1, cache, ended(token_B))
-    return jax.lax.while_loop(unfinished, decode, state)[1]
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+def _decode(
+    model: Model,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    most: Array,
+    params: dict,
+    state: _State,
+    keys_B: Array,
+) -> tuple[_State, Array]:
+    """Return the state some tokens on, and these, [B, BLOCK]: up to `most` in all, fewer once all rows have ended."""
+    start = state.number
+
+    def goes_on(carry: tuple[_State, Array]) -> Array:
+        state, _ = carry
+        return (state.number < jnp.minimum(start + BLOCK, most)) & ~state.is_done_B.all()
+
+    def one_more(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        state, tokens_BN = carry
+        one = View(state.token_B[:, None], jnp.ones_like(state.token_B)[:, None], state.position_B[:, None])
+        token_B, cache = _next(model, sampling, params, one, state.cache, keys_B, state.number)
+        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], state.number - start, axis=1)
+        is_done_B = state.is_done_B | _is_end(token_B, eos_ids)
+        return _State(token_B, state.position_B + 1, cache, is_done_B, state.number + 1), tokens_BN
+
+    tokens_BN = jnp.zeros((state.token_B.shape[0], BLOCK), jnp.int32)
+    return jax.lax.while_loop(goes_on, one_more, (state, tokens_BN))
+
+
+def _next(
+    model: Model, sampling: Sampling, params: dict, view: View, cache: Cache, keys_B: Array, number: Array | int
+) -> tuple[Array, Cache]:
+    """Return the token that follows each row of the view, and the cache with the view in it."""
+    output = model.apply(params, view, cache=cache)
+    logits_BV = head_logits(output.hidden_BTD[:, -1], model.head(params))
+    return choose(logits_BV, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)), output.cache
+
+
+def _is_end(token_B: Array, eos_ids: tuple[int, ...]) -> Array:
+    return jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
 
 
 def _cast_matrix(dtype: str, path: Any, leaf: Array) -> Array:
     """Return a matrix in the compute dtype, cast once and not in every step; norms stay as they are."""
     return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
-
-
-def choose(logits_BV: Array, sampling: Sampling, keys_B: Array) -> Array:
-    """Return a token for each row: the likeliest, or a draw by the row's key after temperature, top-k and top-p."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1.0:
-        logits_BV = jnp.where(logits_BV >= _least_kept(logits_BV, sampling), logits_BV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-
-
-def _least_kept(logits_BV: Array, sampling: Sampling) -> Array:
-    """Return, [B, 1], the smallest logit among the top-k and within top-p of those."""
-    falling_BV = jnp.sort(logits_BV, axis=-1, descending=True)[:, : sampling.top_k or None]
-    if sampling.top_p < 1.0:
-        probability_BV = jax.nn.softmax(falling_BV, axis=-1)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        falling_BV = jnp.where(before_BV < sampling.top_p, falling_BV, jnp.inf)
-    return falling_BV.min(-1, keepdims=True)

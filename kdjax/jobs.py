@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from kdjax import data
 from kdjax.build import build
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
-from kdjax.generate import generate
+from kdjax.generate import GREEDY, check_prompts, settled, stream
 from kdjax.metrics import write_json
-from kdjax.models import Model, export, open_model
+from kdjax.models import DType, Model, export, open_model
+from kdjax.sampling import Sampling
 from kdjax.sharding import MeshConfig, placement
 
 
@@ -37,33 +40,89 @@ def evaluate_run(directory: Path) -> dict[str, Any]:
     return named
 
 
-def generate_text(
-    source: str, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool
-) -> str:
-    """Return what a model or run says after a prompt; with `chat` the prompt is a user's turn in its own template."""
+def generate_texts(
+    source: str,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    dtype: DType = "float32",
+    batch_size: int = 16,
+) -> Iterator[tuple[int, str, bool]]:
+    """Yield what a model or run says after each prompt, as it comes: the prompt's number, a piece, whether it is over.
+
+    With `chat` a prompt is a user's turn in the model's own template. A text ends before the first of `stop` in it.
+
+    Raises:
+        UserError: no tokenizer, or as `generate` does.
+    """
+    if batch_size < 1 or "" in stop:
+        raise UserError(f"batch_size is {batch_size} and stop {list(stop)}; wanted at least 1, and no empty string")
     file = open_model(source)
     if file.tokenizer is None:
         raise UserError(f"{source} has no tokenizer.json; wanted one beside the weights")
-    tokenizer, place, model = data.load_tokenizer(file.tokenizer), placement(MeshConfig()), Model(file.config)
+    tokenizer, place, model = data.load_tokenizer(file.tokenizer), placement(MeshConfig()), Model(file.config, dtype)
     data.check_fits(tokenizer, file.config.vocab_size)
-    turn = [{"role": "user", "content": prompt}]
-    ids = (
-        tokenizer.encode(tokenizer.render(turn, add_generation_prompt=True))
-        if chat
-        else tokenizer.encode_prompt(prompt, is_input=file.config.encoder_layers > 0)
-    )
-    params = place.load(file.tensors, model.logical_axes(), "float32")
-    new = generate(
-        model,
-        params,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_ids=tokenizer.eos_ids,
-    )
-    return tokenizer.decode(new[0])
+    ids = [_ids(tokenizer, prompt, chat, is_input=file.config.encoder_layers > 0) for prompt in prompts]
+    check_prompts(model, ids, max_new_tokens)
+    params = place.load(file.tensors, model.logical_axes(), dtype)
+    for first in range(0, len(ids), batch_size):
+        batch, end = ids[first : first + batch_size], tokenizer.eos_ids
+        blocks = stream(
+            model,
+            params,
+            batch,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            eos_ids=end,
+            first=first,
+        )
+        said, shown, is_over = [[] for _ in batch], [0] * len(batch), [False] * len(batch)
+        for block in blocks:
+            for row in [row for row in range(len(batch)) if not is_over[row]]:
+                said[row] += block[row]
+                is_last = len(said[row]) == max_new_tokens or said[row][-1] in end
+                text, is_over[row] = settled(tokenizer.decode(said[row]), stop, is_last)
+                if text[shown[row] :] or is_over[row]:
+                    yield first + row, text[shown[row] :], is_over[row]
+                shown[row] = len(text)
+            if all(is_over):
+                break
+
+
+def _ids(tokenizer: data.Tokenizer, prompt: str, chat: bool, is_input: bool) -> list[int]:
+    if not chat:
+        return tokenizer.encode_prompt(prompt, is_input=is_input)
+    return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: the field `prompt` of each line of a .jsonl file, the lines of any other.
+
+    Raises:
+        UserError: no such file, no text, or a line that is not such an object.
+    """
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from None
+    if not lines:
+        raise UserError(f"{path} has no prompts; wanted one a line")
+    return [_prompt(path, number, line) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'{path}, line {number}: wanted an object with a text as its "prompt", got {line[:80]!r}')
+    return prompt
 
 
 def export_run(source: str, out: Path) -> Path:

@@ -148,6 +148,23 @@ def test_generate_is_repeatable(tiny, cli):
     assert said("--chat")
 
 
+def test_generate_takes_many_prompts_and_ends_at_a_string(tiny, cli, tmp_path):
+    def said(*flags):
+        return cli("generate", "runs/tiny", "--max-new-tokens", "24", *flags)[0]
+
+    alone = {prompt: said("--prompt", prompt).removesuffix("\n") for prompt in ("The", "A list", "Zebra")}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A list"}\n\n{"prompt": "Zebra"}\n')
+    lines = said("--prompt", "The", "--prompts", tmp_path / "prompts.jsonl", "--batch-size", "2").splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt": prompt, "text": alone[prompt]} for prompt in alone]
+    (tmp_path / "prompts.txt").write_text("Zebra\n")
+    end = alone["Zebra"][5:7]
+    cut = json.loads(said("--prompts", tmp_path / "prompts.txt", "--json", "--stop", end))["text"]
+    assert cut == alone["Zebra"][: alone["Zebra"].index(end)]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A"}\n{"text": "A list"}\n')
+    _, error = cli("generate", "runs/tiny", "--prompts", tmp_path / "prompts.jsonl", code=2)
+    assert re.search(r'line 2: wanted an object with a text as its "prompt", got', error)
+
+
 def test_export_has_the_runs_weights(tiny, cli, tmp_path, refused):
     out, _ = cli("export", "runs/tiny", tmp_path / "hf")
     assert out == f"{tmp_path / 'hf'}\n"
@@ -225,11 +242,14 @@ def test_prompts_with_answers_are_distilled_too(here, pretrained, cli):
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["evaluate", "runs/tiny", "--bogus"], "unknown argument '--bogus'; see kdjax evaluate --help"),
         (["generate", "gone", "--prompt", "x"], "no model 'gone'"),
-        (["generate", "runs/tiny"], "required: --prompt"),
+        (["generate", "runs/tiny"], "which prompt. Give --prompt TEXT"),
         (["generate", "runs/tiny", "--prompt", ""], "prompt 0 is empty"),
         (["generate", "runs/tiny", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["generate", "runs/tiny", "--prompt", "x", "--max-new-tokens", "x"], "invalid int value"),
         (["generate", "runs/tiny", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "runs/tiny", "--prompt", "x", "--stop", ""], "no empty string"),
+        (["generate", "runs/tiny", "--prompt", "x", "--batch-size", "0"], "batch_size is 0"),
+        (["generate", "runs/tiny", "--prompts", "gone.txt"], "gone.txt cannot be read"),
         (["generate", "runs/tiny", "--prompt", "x" * 2100], "the model holds 2048 positions"),
         (["export", "gone", "out"], "no model 'gone'"),
         (["export", "runs/tiny", "runs/tiny"], "is not an empty directory"),

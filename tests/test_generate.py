@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import generate as decoding
 from kdjax.errors import UserError
-from kdjax.generate import Sampling, choose, generate
+from kdjax.generate import BLOCK, generate, settled, stream
 from kdjax.losses import head_logits
 from kdjax.models import Model, ModelConfig
+from kdjax.models.config import Rope
+from kdjax.sampling import Sampling, choose
 from kdjax.shapes import View
 
 LLAMA = ModelConfig(
@@ -72,17 +75,85 @@ def test_rows_end_with_their_first_eos():
 def test_decoding_stops_when_all_rows_have_ended(monkeypatch):
     model, params = sharp(LLAMA)
     free = generate(model, params, PROMPTS[1:2], max_new_tokens=7)[0]
-    computed = []
-    monkeypatch.setattr("kdjax.generate._until_eos", lambda row, eos_ids: computed.append(row) or row)
+    numbers, decode = [], decoding._decode
+
+    def counted(*arguments):
+        state, block_BN = decode(*arguments)
+        numbers.append(int(state.number))
+        return state, block_BN
+
+    monkeypatch.setattr(decoding, "_decode", counted)
     generate(model, params, PROMPTS[1:2], max_new_tokens=7, eos_ids=(free[2],))
-    end = free.index(free[2]) + 1
-    assert computed == [free[:end] + [0] * (7 - end)] and any(free[end:])
+    assert numbers == [free.index(free[2]) + 1]
+    assert len(free) == 7
+
+
+def test_blocks_are_what_is_generated_at_once():
+    model, params = sharp(LLAMA)
+    whole, options = 2 * BLOCK + 5, {"max_new_tokens": 2 * BLOCK + 5}
+    eos = (generate(model, params, PROMPTS[1:2], **options)[0][BLOCK + 3],)
+    blocks = list(stream(model, params, PROMPTS, eos_ids=eos, **options))
+    rows = [sum((block[row] for block in blocks), []) for row in range(len(PROMPTS))]
+    assert rows == generate(model, params, PROMPTS, eos_ids=eos, **options)
+    assert rows == [generate(model, params, [prompt], eos_ids=eos, **options)[0] for prompt in PROMPTS]
+    assert [max(map(len, block)) for block in blocks] == [1, BLOCK, BLOCK, 4]
+    assert any(len(row) < whole for row in rows) and max(map(len, rows)) == whole
+
+
+SHARED = [int(token) for token in np.random.default_rng(7).integers(0, 61, 37)]
+LONG = replace(LLAMA, max_positions=128)
+PREFIXED = {
+    "rope": LONG,
+    "learned": replace(GPT2, max_positions=128),
+    "alibi": replace(LONG, positions="alibi"),
+    "relative": replace(LONG, positions="relative"),
+    "windows": replace(LONG, windows=(5, 0), local_rope=Rope(theta=100.0)),
+    "mixture": replace(LONG, experts=4, experts_per_token=2),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(name, monkeypatch):
+    model, params = sharp(PREFIXED[name])
+    prompts, spread = [SHARED + prompt for prompt in PROMPTS], []
+    monkeypatch.setattr(decoding, "_spread", lambda *a, f=decoding._spread: spread.append(a[2].slots) or f(*a))
+    rows = generate(model, params, prompts, max_new_tokens=6)
+    assert spread == [32]
+    assert rows == [generate(model, params, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert len({tuple(row) for row in rows}) > 1
+    assert spread == [32]
+
+
+def test_angles_that_go_by_length_share_no_prefix(monkeypatch):
+    rope = Rope(scaling="dynamic", factor=4.0, made_for=8)
+    model, params = sharp(replace(LONG, rope=rope))
+    monkeypatch.delattr(decoding, "_spread")
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    rows = generate(model, params, prompts, max_new_tokens=3)
+    assert rows == [generate(model, params, [prompt], max_new_tokens=3)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_over", "expected"),
+    [
+        ("one two", False, ("one two", False)),
+        ("one EN", False, ("one ", False)),
+        ("one EN", True, ("one EN", True)),
+        ("one END of it", False, ("one ", True)),
+        ("a\n\nEND", False, ("a", True)),
+        ("a\n", False, ("a", False)),
+        ("caf\N{REPLACEMENT CHARACTER}", False, ("caf", False)),
+        ("caf\N{REPLACEMENT CHARACTER}", True, ("caf\N{REPLACEMENT CHARACTER}", True)),
+    ],
+)
+def test_only_what_cannot_change_is_shown(text, is_over, expected):
+    assert settled(text, ["END", "\n\n"], is_over) == expected
 
 
 def test_sampling_is_repeatable_by_seed_and_row():
     model, params = sharp(LLAMA)
     draw = lambda seed, prompts=PROMPTS: generate(  # noqa: E731
-        model, params, prompts, max_new_tokens=6, temperature=1.0, seed=seed
+        model, params, prompts, max_new_tokens=6, sampling=Sampling(temperature=1.0), seed=seed
     )
     assert draw(1) == draw(1) and draw(1) != draw(2)
     assert draw(1, [PROMPTS[0], *PROMPTS[2:], PROMPTS[1]])[0] == draw(1)[0]
@@ -104,6 +175,9 @@ def test_choose_draws_from_the_tempered_distribution():
     np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), top / top.sum(), atol=0.015)
     # 0.64 and 0.24: the first two hold 0.8 together, the first alone does not.
     np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.8), top / top.sum(), atol=0.015)
+    # e^-1 of the likeliest is 0.37: only the second is as likely as 0.3 of it.
+    np.testing.assert_allclose(frequencies(temperature=1.0, min_p=0.3), top / top.sum(), atol=0.015)
+    assert frequencies(temperature=1.0, top_k=4, top_p=0.99, min_p=0.9)[0] == 1
     assert frequencies(temperature=0.0).tolist() == [1, 0, 0, 0, 0]
 
 
@@ -115,9 +189,10 @@ def test_choose_draws_from_the_tempered_distribution():
         ([[1, 61]], {"max_new_tokens": 5}, "token 61, outside the model's vocabulary of 61"),
         ([[-1]], {"max_new_tokens": 5}, "token -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ([[1]], {"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1.0"),
-        ([[1]], {"max_new_tokens": 1, "top_p": 0.0}, "top_p is 0.0"),
-        ([[1]], {"max_new_tokens": 1, "top_k": -2}, "top_k is -2"),
+        ([[1]], {"max_new_tokens": 1, "sampling": Sampling(temperature=-1.0)}, "temperature is -1.0"),
+        ([[1]], {"max_new_tokens": 1, "sampling": Sampling(top_p=0.0)}, "top_p is 0.0"),
+        ([[1]], {"max_new_tokens": 1, "sampling": Sampling(top_k=-2)}, "top_k is -2"),
+        ([[1]], {"max_new_tokens": 1, "sampling": Sampling(min_p=1.5)}, "min_p is 1.5"),
     ],
 )
 def test_bad_input_is_one_clear_line(prompts, options, message):

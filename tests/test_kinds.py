@@ -10,7 +10,7 @@ from kdjax.build import build
 from kdjax.config import Config
 from kdjax.data import DataConfig
 from kdjax.errors import UserError
-from kdjax.jobs import export_run, generate_text
+from kdjax.jobs import export_run, generate_texts
 from kdjax.losses import Feature, ObjectiveConfig
 from kdjax.models import ModelConfig, ModelSpec, open_model
 from kdjax.models.model_file import select_encoder_layers
@@ -81,12 +81,12 @@ def test_every_kind_trains_is_measured_and_exported(task, rows, tmp_path):
     export_run(str(tmp_path / "run"), tmp_path / "out")
     again, run = open_model(str(tmp_path / "out")), open_model(str(tmp_path / "run"))
     assert again.config == run.config and again.sha256() == run.sha256()
-    options = {"max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0, "chat": False}
     if task == "seq2seq":
-        assert isinstance(generate_text(str(tmp_path / "out"), "up", **options), str)
+        (*_, (number, _, is_over)) = generate_texts(str(tmp_path / "out"), ["up"], max_new_tokens=3)
+        assert (number, is_over) == (0, True)
     else:
         with pytest.raises(UserError, match="an encoder, which continues no text"):
-            generate_text(str(tmp_path / "out"), "up", **options)
+            list(generate_texts(str(tmp_path / "out"), ["up"], max_new_tokens=3))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Models: one Transformer, a table of families, and weights from files, lazily."""
 
 from kdjax.models.attention import Cache
-from kdjax.models.config import ModelConfig, ModelSpec
+from kdjax.models.config import DType, ModelConfig, ModelSpec
 from kdjax.models.convert import export
 from kdjax.models.importance import Importance
 from kdjax.models.model_file import LazyTensor, ModelFile, select_encoder_layers, select_layers
@@ -13,6 +13,7 @@ __all__ = [
     "TAPS",
     "Cache",
     "Cut",
+    "DType",
     "Importance",
     "LazyTensor",
     "Model",

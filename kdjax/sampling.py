@@ -1,0 +1,68 @@
+"""How the next token is chosen from its logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.errors import UserError
+from kdjax.shapes import Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among so many likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Choose among the fewest likeliest tokens that hold this probability together."""
+    min_p: float = 0.0
+    """Choose among tokens whose probability is at least this share of the likeliest's.
+
+    Paper: Nguyen et al. 2024, Min-p Sampling, arXiv:2407.01082, section 3.
+    """
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: for a value outside its range.
+        """
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; wanted 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; wanted 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; wanted above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; wanted from 0 (all tokens) to 1")
+
+
+def choose(logits_BV: Array, sampling: Sampling, keys_B: Array) -> Array:
+    """Return a token for each row: the likeliest, or a draw by the row's key after temperature and cuts."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+        logits_BV = jnp.where(logits_BV >= _least_kept(logits_BV, sampling), logits_BV, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def _least_kept(logits_BV: Array, sampling: Sampling) -> Array:
+    """Return, [B, 1], the smallest logit among the top-k, within top-p of those, and not below min-p."""
+    falling_BV = logits_BV.max(-1, keepdims=True)
+    least_B1 = falling_BV + math.log(sampling.min_p) if sampling.min_p else jnp.full_like(falling_BV, -jnp.inf)
+    if sampling.top_k or sampling.top_p < 1.0:
+        falling_BV = jnp.sort(logits_BV, axis=-1, descending=True)[:, : sampling.top_k or None]
+        probability_BV = jax.nn.softmax(falling_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        is_kept_BV = (before_BV < sampling.top_p) | (sampling.top_p == 1.0)
+        kept_BV = jnp.where(is_kept_BV, falling_BV, jnp.inf)
+        least_B1 = jnp.maximum(least_B1, kept_BV.min(-1, keepdims=True))
+    return least_B1
