@@ -29,7 +29,7 @@ _ALL = 2**30
 """A window that no text is as long as."""
 
 Slots = tuple[Array, Array] | None
-"""Keys and values of a layer in the cache; None without a cache."""
+"""Keys and values in the cache: of all layers where tokens are added, of one where only read; None without a cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array, own: Own, shared: Shared, slots: Slots) -> tuple[Array, dict, Slots]:
-        """Return the output, its queries, keys and values by name, and the cache's slots with these tokens added."""
+        """Return the output, its queries, keys and values by name, and all layers' slots with these tokens added."""
         c = self.config
         seen = {name: projected(c, self.dtype, name, x_BTD) for name in "qkv"}
         if c.qk_norm != "none":
@@ -89,10 +89,9 @@ class SelfAttention(nn.Module):
         k_BSGK = self.layout(seen["k"], ("batch", "sequence", "kv_heads", None))
         v_BSGK = self.layout(seen["v"], ("batch", "sequence", "kv_heads", None))
         if slots is not None:
-            k_BSGK, v_BSGK = slots = (
-                write(slots[0], k_BSGK, shared.first_slot),
-                write(slots[1], v_BSGK, shared.first_slot),
-            )
+            at = own.number, 0, shared.first_slot, 0, 0
+            slots = _put(slots[0], k_BSGK, at), _put(slots[1], v_BSGK, at)
+            k_BSGK, v_BSGK = slots[0][own.number], slots[1][own.number]
         sight = shared.sight if window is None else shared.sight.within(jnp.where(window > 0, window, _ALL))
         y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, sight)
         return put_out(c, self.dtype, self.layout, y_BTHK), seen, slots
@@ -132,9 +131,9 @@ def put_out(c: ModelConfig, dtype: Any, layout: Layout, y_BTHK: Array) -> Array:
     return Linear(heads, (("embed", c.width),), c.out_bias, dtype, branch_std(c), name="out")(y_BTHK)
 
 
-def write(old_BS: Array, new_BT: Array, first_slot: Array | int) -> Array:
-    """Return the slots (of segments, keys or values) with the new tokens written from `first_slot` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT.astype(old_BS.dtype), first_slot, axis=1)
+def _put(old_LBSGK: Array, new_BTGK: Array, at: tuple[Array | int, ...]) -> Array:
+    """Return the slots of all layers with the new tokens in one of them: in place, where the old ones are not kept."""
+    return jax.lax.dynamic_update_slice(old_LBSGK, new_BTGK[None].astype(old_LBSGK.dtype), at)
 
 
 class Layer(nn.Module):
@@ -148,14 +147,17 @@ class Layer(nn.Module):
     taps: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x_BTD: Array, own: Own, slots: tuple[Slots, Slots], shared: Shared) -> tuple:
-        """Return the carry of the scan (the residual stream), and this layer's taps, cache slots and further sums."""
-        c, first_BTD, (own_slots, encoder_slots) = self.config, x_BTD, slots
+    def __call__(self, carry: tuple[Array, Slots], own: Own, encoder_slots: Slots, shared: Shared) -> tuple:
+        """Return the carry of the scan (the residual stream, the cache), and this layer's own: taps, what it keeps of
+        the encoder, and further sums.
+        """
+        c, (x_BTD, slots) = self.config, carry
+        first_BTD = x_BTD
         parts = c, self.dtype, self.attention, self.layout
         attention, cross = SelfAttention(*parts, name="attention"), CrossAttention(*parts, name="cross")
         read_BTD = self._normed("before", "attention", x_BTD)
         read_BTD = read_BTD if own.is_normed is None else jnp.where(own.is_normed, read_BTD, x_BTD)
-        h_BTD, seen, own_slots = attention(read_BTD, own, shared, own_slots)
+        h_BTD, seen, slots = attention(read_BTD, own, shared, slots)
         x_BTD = self._added("attention", x_BTD, h_BTD, own, shared)
         if c.encoder_layers:
             h_BTD, encoder_slots = cross(self._normed("before", "cross", x_BTD), shared, encoder_slots)
@@ -163,8 +165,8 @@ class Layer(nn.Module):
         h_BTD, aux = self._mlp(self._normed("before", "mlp", first_BTD if c.parallel else x_BTD), shared)
         x_BTD = self.layout(self._added("mlp", x_BTD, h_BTD, own, shared), ("batch", "sequence", None))
         seen["hidden"] = x_BTD
-        slots = (None, None) if own_slots is None else (own_slots, encoder_slots)
-        return x_BTD, ({name: seen[name] for name in self.taps}, slots, aux)
+        encoder_slots = None if slots is None else encoder_slots
+        return (x_BTD, slots), ({name: seen[name] for name in self.taps}, encoder_slots, aux)
 
     def _mlp(self, x_BTD: Array, shared: Shared) -> tuple[Array, dict[str, Array]]:
         c = self.config

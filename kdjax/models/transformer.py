@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models.attention import Attention, Cache, attend, see
-from kdjax.models.blocks import Layer, Own, Shared, write
+from kdjax.models.blocks import Layer, Own, Shared
 from kdjax.models.config import DType, ModelConfig, Remat
 from kdjax.models.experts import Dispatch, here
 from kdjax.models.layers import (
@@ -73,11 +73,11 @@ class Stack(nn.Module):
         cache: Cache | None = None,
     ) -> tuple[Array, dict[str, Array], dict[str, Array], Cache | None]:
         """Return the hidden states, the taps, further sums, and the cache with these tokens added."""
-        c, first_slot, slots = self.config, 0, (None, None)
+        c, first_slot, slots, encoder_slots = self.config, 0, None, None
         segment_BS, encoder_segment_BS = view.segment_BT, None if view.encoder is None else view.encoder.segment_BT
         if cache is not None:
-            first_slot, slots = cache.used, (cache.own, cache.encoder)
-            segment_BS = write(cache.segment_BS, view.segment_BT, first_slot)
+            first_slot, slots, encoder_slots = cache.used, cache.own, cache.encoder
+            segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, view.segment_BT, first_slot, axis=1)
             encoder_segment_BS = cache.encoder_segment_BS if encoder_segment_BS is None else encoder_segment_BS
         sight = see(view.segment_BT, segment_BS, first_slot, causal=c.causal)
         sight = replace(sight, scale=c.attention_scale, soft_cap=c.attention_soft_cap)
@@ -103,10 +103,10 @@ class Stack(nn.Module):
         is_real_BT = view.segment_BT > 0
         shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, is_real_BT, encoded_BSD, encoder_sight)
         layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
-        x_BTD, (taps, slots, aux) = layers(x_BTD, own, slots, shared)
+        (x_BTD, slots), (taps, encoder_slots, aux) = layers((x_BTD, slots), own, encoder_slots, shared)
         if cache is not None:
             used = cache.used + view.tokens_BT.shape[1]
-            cache = Cache(slots[0], segment_BS, used, slots[1], encoder_segment_BS)
+            cache = Cache(slots, segment_BS, used, encoder_slots, encoder_segment_BS)
         if c.norms != "sum":
             x_BTD = Norm(c, self.dtype, name="final_norm")(x_BTD)
         return x_BTD, taps, jax.tree.map(partial(jnp.mean, axis=0), aux), cache
