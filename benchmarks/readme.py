@@ -19,13 +19,14 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import harness, kinds, loss_compiled, loss_table, models, students
+from benchmarks import generate, harness, kinds, loss_compiled, loss_table, models, students
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 LOSSES = ROOT / "docs" / "losses.md"
 MODELS = ROOT / "docs" / "models.md"
 STUDENTS = ROOT / "docs" / "students.md"
+GENERATION = ROOT / "docs" / "generation.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -152,6 +153,11 @@ STUDENT_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of students."""
 
+GENERATION_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "generate": lambda results: generate.markdown(harness.read(results / "generate.jsonl")),
+}
+"""The same for the page of generation."""
+
 
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
@@ -170,6 +176,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     LOSSES: partial(render_page, LOSS_BLOCKS),
     MODELS: partial(render_page, MODEL_BLOCKS),
     STUDENTS: partial(render_page, STUDENT_BLOCKS),
+    GENERATION: partial(render_page, GENERATION_BLOCKS),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from kdjax.data.tokenizers import load_tokenizer
 from kdjax.errors import UserError
+from kdjax.generate import generate
 from kdjax.models import Model, fetch, open_model
 from kdjax.shapes import View
 
@@ -148,3 +149,14 @@ def test_parity_with_transformers(directory, model, tokenizer):
     divergence_T = np.sum(np.exp(log_p_TV) * (difference_TV + np.expm1(-difference_TV)), axis=-1)
     assert divergence_T.mean() < 1e-8
     np.testing.assert_array_equal(logits_TV.argmax(-1), wanted_TV.argmax(-1))
+
+
+def test_greedy_text_of_twenty_prompts_is_what_transformers_writes(model, tokenizer):
+    rows = [json.loads(line) for line in (GOLDEN.parent / "greedy.jsonl").read_text().splitlines()]
+    for row in rows:
+        turn = [{"role": "user", "content": row["user"]}]
+        assert tokenizer.encode(tokenizer.render(turn, add_generation_prompt=True)) == row["prompt"]
+    assert [len(row["new"]) for row in rows] == [64] * 20
+    prompts, wanted = [row["prompt"] for row in rows], [row["new"] for row in rows]
+    assert generate(*model, prompts, max_new_tokens=64) == wanted
+    assert generate(*model, prompts[:1], max_new_tokens=64) == wanted[:1]
