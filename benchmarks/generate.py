@@ -1,6 +1,6 @@
 """Greedy decoding with SmolLM2-135M-Instruct beside transformers, and how near it comes to what memory allows.
 
-COMMAND: python -m benchmarks.generate          (about 4 minutes on 2 CPU cores; without transformers ours alone)
+COMMAND: python -m benchmarks.generate          (about 4 minutes on 2 CPU cores; transformers where it is installed)
 
 Decoding is timed as the difference of two runs, of 1 and of 65 new tokens after the same prompts of 64, so prefill is
 not in it. The floor is the time to read the weights once, and what the cache holds, at the bandwidth that the same
@@ -11,6 +11,7 @@ anew each time; `python -m benchmarks.readme` puts them into docs/generation.md.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import statistics
@@ -47,10 +48,8 @@ def theirs(directory: Path) -> Callable[..., list[list[int]]] | None:
     """Return the same by transformers; None where it is not installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None
-    import torch
-    import transformers
-
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
 
     def run(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:

@@ -148,9 +148,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Slots], own: Own, encoder_slots: Slots, shared: Shared) -> tuple:
-        """Return the carry of the scan (the residual stream, the cache), and this layer's own: taps, what it keeps of
-        the encoder, and further sums.
-        """
+        """Return the scan's carry (residual stream and cache), and the layer's taps, encoder slots and further sums."""
         c, (x_BTD, slots) = self.config, carry
         first_BTD = x_BTD
         parts = c, self.dtype, self.attention, self.layout
