@@ -60,7 +60,7 @@ def statistics(model: Model, params: dict, view: View) -> dict[str, Any]:
 def _seen(module: nn.Module, args: tuple[Any, ...], result: Any, real_BT: Array) -> Array | None:
     """Return the sum that is wanted of a module's call, None of one that nothing is measured at."""
     if isinstance(module, Layer):
-        return jnp.sum(real_BT * (1.0 - _cosine(args[0], result[0])))
+        return jnp.sum(real_BT * (1.0 - _cosine(args[0][0], result[0][0])))
     if isinstance(module, Norm) and module.name not in ("q_norm", "k_norm"):
         return _row_squares(jnp.abs(result), real_BT)
     if isinstance(module, Linear) and module.name == "down":
