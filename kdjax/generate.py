@@ -26,7 +26,6 @@ PROMPT_UNIT = 32
 BLOCK = 16
 """So many tokens a row are decoded between two looks of the host."""
 
-
 GREEDY = Sampling()
 
 

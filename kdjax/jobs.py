@@ -61,6 +61,7 @@ def generate_texts(
     """
     if batch_size < 1 or "" in stop:
         raise UserError(f"batch_size is {batch_size} and stop {list(stop)}; wanted at least 1, and no empty string")
+    sampling.check()
     file = open_model(source)
     if file.tokenizer is None:
         raise UserError(f"{source} has no tokenizer.json; wanted one beside the weights")

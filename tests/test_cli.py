@@ -156,6 +156,8 @@ def test_generate_takes_many_prompts_and_ends_at_a_string(tiny, cli, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "A list"}\n\n{"prompt": "Zebra"}\n')
     lines = said("--prompt", "The", "--prompts", tmp_path / "prompts.jsonl", "--batch-size", "2").splitlines()
     assert [json.loads(line) for line in lines] == [{"prompt": prompt, "text": alone[prompt]} for prompt in alone]
+    draws = [said("--prompt", "A", "--prompt", "A", "--temperature", "1", "--batch-size", size) for size in (1, 2)]
+    assert draws[0] == draws[1] and len(set(draws[0].splitlines())) == 2
     (tmp_path / "prompts.txt").write_text("Zebra\n")
     end = alone["Zebra"][5:7]
     cut = json.loads(said("--prompts", tmp_path / "prompts.txt", "--json", "--stop", end))["text"]
