@@ -20,37 +20,11 @@ from kdjax.errors import UserError
 from kdjax.evaluate import sums_of
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
-from kdjax.models import Model, ModelFile, ModelSpec, open_model, select_encoder_layers, select_layers
+from kdjax.models import Model
+from kdjax.named import Named, models
 from kdjax.sharding import Placement, placement
 from kdjax.step import Recipe, TrainState, init_state, step
 from kdjax.teacher import live_teacher, no_teacher
-
-Open = Callable[[str], ModelFile]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A model, its weights on disk (None: random ones), and a line that names it."""
-
-    model: Model
-    file: ModelFile | None
-    name: str
-
-    def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
-        """Return the parameters, each read or drawn straight to where it lies."""
-        axes = self.model.logical_axes()
-        if self.file is not None:
-            return place.load(self.file.tensors, axes, dtype)
-        where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
-        return jax.jit(self.model.init, out_shardings=where)(key)
-
-    def identity(self, seed: int) -> str:
-        """Return ``SOURCE HASH``, by which a checkpoint names weights that it does not hold."""
-        return (
-            f"random seed-{seed}-{self.model.config}"
-            if self.file is None
-            else f"{self.file.source} {self.file.sha256()}"
-        )
 
 
 @dataclass(frozen=True)
@@ -72,25 +46,34 @@ class Job:
         return student, teacher
 
     def frozen(self) -> dict[str, Any]:
-        """Return the trees that are used but not trained, in their compute dtype."""
+        """Return the trees that are used but not trained, in their compute dtype: the teacher, the student's base."""
+        frozen = self.frozen_teacher()
+        if not self.student.is_whole:
+            is_teacher = self.teacher is not None and self.student.shares(self.teacher)
+            frozen["student"] = self.student.base(self.place, frozen["teacher"] if is_teacher else None)
+        return frozen
+
+    def frozen_teacher(self) -> dict[str, Any]:
+        """Return the frozen trees but the student's."""
         if self.teacher is None:
             return {}
         return {"teacher": self.teacher.params(self.place, self.keys[1], self.teacher.model.dtype)}
 
     def frozen_names(self) -> dict[str, str]:
         """Return the identity of each frozen tree."""
-        return {} if self.teacher is None else {"teacher": self.teacher.identity(self.config.seed)}
+        names = {} if self.teacher is None else {"teacher": self.teacher.identity(self.config.seed)}
+        return names if self.student.is_whole else names | {"student": self.student.identity(self.config.seed)}
 
     def start(self) -> TrainState:
         """Return the state before the first step."""
-        params = self.student.params(self.place, self.keys[0])
+        params = self.student.start(self.place, self.keys[0])
         return jax.jit(partial(init_state, self.recipe), out_shardings=self.shardings, donate_argnums=0)(params)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and places."""
-        shapes = jax.eval_shape(lambda key: init_state(self.recipe, self.student.model.init(key)), self.keys[0])
-        where = self.place.state_shardings(shapes, {"student": self.student.model.logical_axes()})
+        shapes = jax.eval_shape(lambda key: init_state(self.recipe, self.student.init(key)), self.keys[0])
+        where = self.place.state_shardings(shapes, {"student": self.student.axes})
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     @property
@@ -115,47 +98,6 @@ class Job:
     def sums(self) -> Callable[..., Any]:
         """The placed ``sums(params, frozen, batch)`` of evaluation."""
         return self.place.compile_sums(partial(sums_of, recipe=self.recipe))
-
-
-def models(config: Config, place: Placement, open_file: Open = open_model) -> tuple[Named, Named | None]:
-    """Return student and teacher.
-
-    Raises:
-        UserError: a model that is not there or does not load, or two vocabularies that differ.
-    """
-    teacher = None if config.teacher is None else _named(config.teacher, place, open_file, None)
-    student = _named(config.student, place, open_file, teacher)
-    if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
-        sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
-        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
-    if teacher is not None and student.model.config.labels != teacher.model.config.labels:
-        sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
-        raise UserError(f"the student tells {sizes}; wanted the same classes")
-    return student, teacher
-
-
-def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | None) -> Named:
-    file, architecture, name = None, spec.architecture, "random"
-    if spec.source == "teacher" and teacher is not None:
-        file, architecture, name = teacher.file, teacher.model.config, teacher.name
-        if file is None:
-            raise UserError("student.source is 'teacher' but the teacher is random; give the student an architecture")
-    elif spec.source != "random":
-        file = open_file(spec.source)
-        architecture, name = file.config, spec.source
-    if spec.keep_layers:
-        if file is None:
-            raise UserError("keep_layers cuts layers out of a model, but source is 'random'; set architecture.layers")
-        file = select_layers(file, spec.keep_layers)
-        architecture, name = file.config, f"{name}, layers {','.join(map(str, spec.keep_layers))}"
-    if spec.keep_encoder_layers:
-        if file is None:
-            raise UserError("keep_encoder_layers cuts layers out of a model, but source is 'random'")
-        file = select_encoder_layers(file, spec.keep_encoder_layers)
-        architecture, name = file.config, f"{name}, encoder's {','.join(map(str, spec.keep_encoder_layers))}"
-    return Named(
-        Model(architecture, spec.dtype, spec.remat, layout=place.constrain, dispatch=place.dispatch), file, name
-    )
 
 
 def build(config: Config) -> Job:
@@ -221,7 +163,7 @@ def recipe(config: Config, place: Placement, student: Named, teacher: Named | No
     """Return what the step is made of."""
     objective, widths = _with_features(config.objective, student, teacher)
     params = jax.eval_shape(
-        lambda key: {"student": student.model.init(key), "projections": init_projections(widths, key)},
+        lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
         jax.random.key(0),
     )
     return Recipe(
@@ -235,6 +177,7 @@ def recipe(config: Config, place: Placement, student: Named, teacher: Named | No
         shard=place.shard_loss,
         axis_name=place.axis_name,
         projections=widths,
+        adapter_scale=student.adapter_scale,
     )
 
 

@@ -62,6 +62,9 @@ RULES = {
     "/head/kernel": Rule(decays=True, inputs=1),
     "/kernel": Rule(decays=True, inputs=1, orthogonal=True),
     "/embedding": Rule(decays=True, inputs=1),
+    "/out/lora_a": Rule(decays=True, inputs=2, orthogonal=True),
+    "/lora_a": Rule(decays=True, inputs=1, orthogonal=True),
+    "/lora_b": Rule(decays=True, inputs=1, orthogonal=True),
     "/scale": Rule(decays=False, inputs=0),
     "/bias": Rule(decays=False, inputs=0),
 }

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax.errors import UserError
 from kdjax.shapes import Array, Axes
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that hold different examples."""
 
 RULES: dict[str, str | tuple[str, ...]] = {
@@ -29,7 +29,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
 }
 """Logical axis -> mesh axes; a logical axis without a row, or that does not divide, is replicated."""
 
@@ -44,8 +45,10 @@ class MeshConfig:
     """Copies of the parameters, each with its own examples."""
     fsdp: int = 1
     """Parameters split over devices that also have their own examples."""
+    expert: int = 1
+    """Experts split over devices that also have their own examples; all other parameters are copied to each."""
     tensor: int = 1
-    """Heads, mlp, experts and vocabulary split over devices that share examples."""
+    """Heads, mlp and vocabulary split over devices that share examples."""
 
     def shape(self, devices: int) -> dict[str, int]:
         """Return the size of each mesh axis on so many devices.
@@ -53,7 +56,7 @@ class MeshConfig:
         Raises:
             UserError: sizes that cannot fill them, with a mesh that can.
         """
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
         bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
         if bad:
             raise UserError(f"mesh sizes {bad}; wanted at least 1 each, or -1 for all devices that are left")
@@ -62,13 +65,13 @@ class MeshConfig:
             raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are -1; only one axis can take what is left")
         known = prod(size for size in sizes.values() if size != -1)
         if devices % known or (not open_axes and known != devices):
-            fill = ", ".join(f"{name}={'-1' if name == 'data' else sizes[name]}" for name in sizes)
+            fill = ", ".join(f"{name}={-1 if name == 'data' else max(1, sizes[name])}" for name in sizes)
             raise UserError(
                 f"a mesh of {_text(sizes)} does not fill {devices} devices; "
                 + (
                     f"use {fill}"
                     if devices % prod(s for n, s in sizes.items() if n != "data" and s > 0) == 0
-                    else f"each of fsdp and tensor must divide {devices}"
+                    else f"fsdp * expert * tensor must divide {devices}"
                 )
             )
         return {name: devices // known if size == -1 else size for name, size in sizes.items()}
@@ -119,7 +122,7 @@ class Placement:
     def _axes(self, name: str | None, size: int) -> str | tuple[str, ...] | None:
         axes = RULES.get(name) if name else None
         total = prod(self.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        return axes if size % total == 0 else None
+        return axes if total > 1 and size % total == 0 else None
 
     @property
     def replicated(self) -> NamedSharding:
@@ -189,23 +192,31 @@ class Placement:
     def dispatch(self, local: Callable[..., Any], x_BTD: Array, picks: Any, kernels: Any) -> Array:
         """Return ``local(x_BTD, picks, kernels, number of the first one)`` added up over the devices of the experts.
 
-        The `dispatch` of `kdjax.models.Model`: each device takes its own rows through its own experts, whose kernels
-        have a leading E and are gathered over fsdp. Where E does not divide, every device has all of them.
+        The `dispatch` of `kdjax.models.Model`: devices along `expert` gather each other's rows, take all of them
+        through their own experts, and give each row's sum back to where it came from; along `tensor` each has a part of
+        every expert's width. Kernels are gathered over fsdp. Where E or F does not divide, every device has all of it,
+        and where B does not, every device has all rows.
         """
         if self.by == "pmap":
             return local(x_BTD, picks, kernels, 0)
-        parts, experts = self.mesh.shape["tensor"], jax.tree.leaves(kernels)[0].shape[0]
-        tensor = "tensor" if parts > 1 and experts % parts == 0 else None
-        of_row = P(BATCH_AXES if x_BTD.shape[0] % self.batch_devices == 0 else None)
+        experts, _, width = kernels.gate_EDF.shape
+        expert, tensor = self._axes("experts", experts), self._axes("expert_mlp", width)
+        rows_split = x_BTD.shape[0] % self.batch_devices == 0
+        gathers = expert is not None and rows_split
+        summed = tuple(axis for axis in (tensor, None if gathers else expert) if axis)
 
         def run(x_BTD: Array, picks: Any, kernels: Any) -> Array:
-            if tensor is None:
-                return local(x_BTD, picks, kernels, 0)
-            first = jax.lax.axis_index(tensor) * (experts // parts)
-            return jax.lax.psum(local(x_BTD, picks, kernels, first), tensor)
+            first = jax.lax.axis_index(expert) * kernels.gate_EDF.shape[0] if expert else 0
+            if gathers:
+                x_BTD, picks = jax.lax.all_gather((x_BTD, picks), expert, tiled=True)
+            y_BTD = local(x_BTD, picks, kernels, first)
+            y_BTD = jax.lax.psum_scatter(y_BTD, expert, tiled=True) if gathers else y_BTD
+            return jax.lax.psum(y_BTD, summed)
 
+        of_row = P(BATCH_AXES if rows_split else None)
+        wide = P(expert, None, tensor)
+        specs = (of_row, of_row, kernels._replace(gate_EDF=wide, up_EDF=wide, down_EFD=P(expert, tensor)))
         # check_vma=False: as in shard_loss.
-        specs = (of_row, of_row, P(tensor))
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=of_row, check_vma=False)(
             x_BTD, picks, kernels
         )
@@ -242,10 +253,10 @@ def _key(k: Any) -> str:
 def placement(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement:
     """Return the placement that a config asks for, over all visible devices unless given some."""
     devices = list(jax.devices() if devices is None else devices)
-    if config.placement == "pmap" and (config.fsdp, config.tensor) != (1, 1):
+    if config.placement == "pmap" and (config.fsdp, config.expert, config.tensor) != (1, 1, 1):
         raise UserError(
-            f"mesh.placement pmap replicates the parameters; got fsdp={config.fsdp}, tensor={config.tensor}, "
-            "wanted 1 and 1 (or placement jit)"
+            f"mesh.placement pmap replicates the parameters; got fsdp={config.fsdp}, expert={config.expert}, "
+            f"tensor={config.tensor}, wanted 1 each (or placement jit)"
         )
     shape = config.shape(len(devices))
     # Auto: Explicit axes, make_mesh's default, break Linen's Embed.

@@ -14,7 +14,7 @@ from jax import lax
 from kdjax.errors import UserError
 from kdjax.losses import FEATURES, Feature, ObjectiveConfig, Shard, fused_kd_loss, one_device
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
-from kdjax.models import Model
+from kdjax.models import Model, lora
 from kdjax.shapes import Array, Batch, Signal
 from kdjax.teacher import SignalOf, pick_rows
 
@@ -26,7 +26,7 @@ class TrainState:
 
     Attributes:
         step: batches consumed, int32.
-        params: named trees: `student`, and the learned `projections` of losses of inner layers; both are trained.
+        params: named trees: `student`, what is trained of it, and the learned `projections` of losses of inner layers.
         opt_state: the optimiser's.
         skipped: updates left out because loss or gradient was not finite, int32.
         skipped_in_a_row: of these, the latest ones without a good one between, int32.
@@ -54,6 +54,7 @@ class Recipe:
         shard: spreads the loss's tokens over a mesh (`Placement.shard_loss`).
         axis_name: the axis to sum over when the step runs under pmap.
         projections: name -> (student's width, teacher's width) of each learned projection.
+        adapter_scale: what the student's adapters add is multiplied by this.
     """
 
     model: Model
@@ -66,6 +67,7 @@ class Recipe:
     shard: Shard = one_device
     axis_name: str | None = None
     projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    adapter_scale: float = 1.0
 
 
 def init_state(recipe: Recipe, student_params: Any) -> TrainState:
@@ -74,6 +76,11 @@ def init_state(recipe: Recipe, student_params: Any) -> TrainState:
     params = {"student": student_params, "projections": projections}
     counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: the step donates each
     return TrainState(counts[0], params, recipe.optimizer.init(params), counts[1], counts[2])
+
+
+def student_params(recipe: Recipe, params: Any, frozen: Any) -> Any:
+    """Return all parameters of the student: those that are trained, and the frozen ones where there are some."""
+    return lora.assembled(frozen.get("student", {}), params["student"], recipe.adapter_scale)
 
 
 def loss_sums(
@@ -90,16 +97,14 @@ def loss_sums(
     `token_weight` is that of each real token where a loss goes by tokens and not by compared rows: those of some inner
     layers, and the load balance, which is of the batch as it is given here and counts by its real tokens.
     """
-    features = recipe.objective.features
-    output = recipe.model.apply(
-        params["student"], batch.student, taps=tuple(tapped(features, 0)), row_keys_B=row_keys_B
-    )
+    features, student = recipe.objective.features, student_params(recipe, params, frozen)
+    output = recipe.model.apply(student, batch.student, taps=tuple(tapped(features, 0)), row_keys_B=row_keys_B)
     signal = recipe.signal_of(frozen, batch)
     loss, parts = jnp.zeros(()), {}
     if recipe.objective.logits:
         loss, parts = fused_kd_loss(
             pick_rows(output.hidden_BTD, batch.student_rows_BR),
-            recipe.model.head(params["student"]),
+            recipe.model.head(student),
             signal,
             batch.targets_BR.reshape(-1),
             batch.ce_weight_BR.reshape(-1),

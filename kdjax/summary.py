@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from kdjax.build import Job
@@ -14,7 +15,7 @@ from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.models import Model, parameter_count
 from kdjax.shapes import View
-from kdjax.step import TrainState
+from kdjax.step import TrainState, student_params
 
 Summary = dict[str, Any]
 Looks = Mapping[int, Mapping[str, float]]
@@ -24,7 +25,7 @@ Looks = Mapping[int, Mapping[str, float]]
 def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     """Return what is known before the first step, with how each model continues the prompt then."""
     said = {} if job.teacher is None else {"teacher": _continued(job, job.teacher.model, frozen["teacher"])}
-    said["student before"] = _continued(job, job.student.model, params["student"])
+    said["student before"] = _continued(job, job.student.model, student_params(job.recipe, params, frozen))
     return _facts(job, params, frozen, looks) | {"continuations": {who: text for who, text in said.items() if text}}
 
 
@@ -35,7 +36,8 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
     view = View(np.zeros_like(ones_BT), ones_BT, np.cumsum(ones_BT, 1, np.int32) - 1)  # the tokens do not matter
     view = replace(view, encoder=view) if job.student.model.config.encoder_layers else view
     rates = sorted(rate for row in rows if np.isfinite(rate := row.get("tokens_per_second", np.nan)))
-    text = _continued(job, job.student.model, state.params["student"])
+    student = student_params(job.recipe, state.params, frozen)
+    text = _continued(job, job.student.model, student)
     figures = _facts(job, state.params, frozen, looks) | named_figures(look, "after")
     figures |= {
         "continuations": {"student after": text} if text else {},
@@ -44,7 +46,7 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
         "eval_tokens": look.get("tokens", 0),
         "skipped": int(state.skipped),
         "tokens_per_second_train": rates[len(rates) // 2] if rates else None,
-        "tokens_per_second_student": forward_speed(job.student.model, state.params["student"], view),
+        "tokens_per_second_student": forward_speed(job.student.model, student, view),
         "notes": config.notes,
     }
     if job.teacher is not None:
@@ -68,7 +70,8 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     facts = {
         "name": job.config.name,
         "student": job.student.name,
-        "parameters_student": parameter_count(params["student"]),
+        "parameters_student": parameter_count(jax.eval_shape(job.student.model.init, job.keys[0])),
+        "parameters_trained": parameter_count(params["student"]),
         "train_documents": job.data.train_documents,
         "held_out_documents": job.data.held_out_documents,
         "held_out_dropped": job.data.held_out_dropped,

@@ -25,6 +25,7 @@ from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
+from kdjax.models.open import BASE
 from kdjax.shapes import Batch
 from kdjax.step import TrainState
 
@@ -138,6 +139,8 @@ def _restore_or_start(job: Job, directory: Path, checkpoints: Checkpoints, began
     if jax.process_index() == 0:
         write_json(directory / "config.json", asdict(job.config))
         write_json(directory / "model.json", asdict(job.student.model.config))
+        if (base := job.student.base_record()) is not None:
+            write_json(directory / BASE, base)
         job.tokenizer.save(directory)
     if saved is None:
         return Run(job, directory, checkpoints, job.start(), began)

@@ -22,9 +22,9 @@ DEPTH, STEPS = 3, 3
 LAYER = {
     "attention_norm": {"scale": (128,), "bias": (128,)},
     "attention": {
-        "q": {"kernel": (128, 4, 40), "bias": (4, 40)},
+        "q": {"kernel": (128, 4, 40), "bias": (4, 40), "lora_a": (128, 6), "lora_b": (6, 4, 40)},
         "k": {"kernel": (128, 2, 40), "bias": (128, 130)},
-        "out": {"kernel": (4, 40, 128), "bias": (128,)},
+        "out": {"kernel": (4, 40, 128), "bias": (128,), "lora_a": (4, 40, 6), "lora_b": (6, 128)},
     },
     "mlp_norm": {"scale": (128,)},
     "mlp": {"up": {"kernel": (128, 152)}},
@@ -55,6 +55,10 @@ def random_tree(seed, shapes=SHAPES, scale=1.0):
     return jax.tree.map_with_path(draw, shapes, is_leaf=is_shape)
 
 
+def is_matrix(name):
+    return any(word in name for word in ("kernel", "embedding", "lora"))
+
+
 def unstack(tree):
     """Return {name or name#layer: the natural matrix or vector}: what a model without stacks would have."""
     flat = {}
@@ -65,9 +69,9 @@ def unstack(tree):
         if "/experts/" in name:
             layers = {f"{key}#{i}": expert for key, layer in layers.items() for i, expert in enumerate(layer)}
         for key, layer in layers.items():
-            if "out/kernel" in name:
+            if "out/kernel" in name or "out/lora_a" in name:
                 flat[key] = layer.reshape(-1, layer.shape[-1])
-            elif "kernel" in name or "embedding" in name:
+            elif is_matrix(name):
                 flat[key] = layer.reshape(layer.shape[0], -1)
             else:
                 flat[key] = layer.reshape(-1)
@@ -75,7 +79,7 @@ def unstack(tree):
 
 
 def plain_muon(flat, config):
-    labels = {k: "muon" if "kernel" in k and "head" not in k else "adam" for k in flat}
+    labels = {k: "muon" if is_matrix(k) and "head" not in k and "embedding" not in k else "adam" for k in flat}
     adam = optax.adam(config.learning_rate, config.b1, config.b2, config.eps)
     return optax.partition({"muon": optax.contrib.muon(config.learning_rate, consistent_rms=0.2), "adam": adam}, labels)
 
@@ -114,7 +118,7 @@ def test_stacked_update_is_the_per_layer_update(name):
     state = jax.jit(plain.init)(flat)
     for gradient in gradients:
         updates, state = update(unstack(gradient), state, flat)
-        decays = {k: 0.01 * 0.1 if "kernel" in k or "embedding" in k else 0.0 for k in flat}
+        decays = {k: 0.01 * 0.1 if is_matrix(k) else 0.0 for k in flat}
         flat = {k: p + np.asarray(updates[k]) - decays[k] * p for k, p in flat.items()}
     for key, want in flat.items():
         np.testing.assert_allclose(unstack(got)[key], want, atol=2e-6 * np.abs(want).max(), err_msg=key)
@@ -126,7 +130,7 @@ def test_weight_decay_goes_by_name(name):
     zeros = jax.tree.map(np.zeros_like, params)
     decayed, _ = run(optimizer(constant(name, weight_decay=0.5), 1, params), params, [zeros])
     for path, leaf in jax.tree.leaves_with_path(jax.tree.map(lambda a, b: a / b, decayed, params)):
-        factor = 1 - 0.01 * 0.5 if path[-1].key in ("kernel", "embedding") else 1.0
+        factor = 1 - 0.01 * 0.5 if is_matrix(path[-1].key) else 1.0
         np.testing.assert_allclose(leaf, factor, rtol=1e-6, err_msg=str(path))
 
 

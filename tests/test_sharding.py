@@ -10,7 +10,13 @@ from kdjax.sharding import MeshConfig, placement
 
 @pytest.mark.parametrize(
     ("mesh", "shape"),
-    [({}, (8, 1, 1)), ({"fsdp": -1, "data": 2}, (2, 4, 1)), ({"tensor": 2, "fsdp": 2}, (2, 2, 2))],
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": -1, "data": 2}, (2, 4, 1, 1)),
+        ({"tensor": 2, "fsdp": 2}, (2, 2, 1, 2)),
+        ({"expert": 2, "tensor": 2}, (2, 1, 2, 2)),
+        ({"expert": -1, "data": 1}, (1, 1, 8, 1)),
+    ],
 )
 def test_minus_one_takes_the_devices_that_are_left(mesh, shape):
     assert tuple(placement(MeshConfig(**mesh)).mesh.shape.values()) == shape
@@ -19,11 +25,17 @@ def test_minus_one_takes_the_devices_that_are_left(mesh, shape):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"data": 3}, r"data=3, fsdp=1, tensor=1 does not fill 8 devices; use data=-1, fsdp=1, tensor=1"),
+        ({"data": 3}, "expert=1, tensor=1 does not fill 8 devices; use data=-1, fsdp=1, expert=1, tensor=1$"),
+        ({"data": 3, "expert": -1}, "use data=-1, fsdp=1, expert=1, tensor=1$"),
+        ({"data": 4, "expert": 4}, "use data=-1, fsdp=1, expert=4, tensor=1$"),
         ({"data": -1, "fsdp": -1}, "only one axis"),
+        ({"expert": -1, "fsdp": -1, "data": 1}, "mesh.fsdp and mesh.expert are -1; only one axis"),
         ({"fsdp": 3}, "must divide 8"),
+        ({"expert": 3}, r"expert=3, tensor=1 does not fill 8 devices; fsdp \* expert \* tensor must divide 8$"),
         ({"fsdp": 0}, "at least 1"),
+        ({"expert": 0}, "{'expert': 0}; wanted at least 1"),
         ({"placement": "pmap", "tensor": 2}, "pmap replicates"),
+        ({"placement": "pmap", "expert": 2}, "pmap replicates.* got fsdp=1, expert=2, tensor=1, wanted 1 each"),
     ],
 )
 def test_impossible_meshes_are_one_clear_line(mesh, message):
@@ -33,17 +45,30 @@ def test_impossible_meshes_are_one_clear_line(mesh, message):
 
 def test_a_batch_that_does_not_split_names_the_nearest_that_do():
     place = placement(MeshConfig(data=4, fsdp=2))
-    with pytest.raises(UserError, match=r"batch_size 250 .* 8 devices \(data=4, fsdp=2, tensor=1\); use 248 or 256"):
+    with pytest.raises(UserError, match=r"250 .* 8 devices \(data=4, fsdp=2, expert=1, tensor=1\); use 248 or 256"):
         place.check_batch(250, 1)
     with pytest.raises(UserError, match="4 microbatches; use 32 or 64"):
         place.check_batch(48, 4)
     place.check_batch(64, 4)
+    with pytest.raises(UserError, match=r"4 devices .*expert=4, tensor=2\); use 4 or 8"):
+        placement(MeshConfig(data=1, expert=4, tensor=2)).check_batch(6, 1)
 
 
 def test_dimensions_that_do_not_divide_are_replicated():
     place = placement(MeshConfig(data=1, fsdp=4, tensor=2))
     assert tuple(place.sharding(("embed", "heads"), (64, 9)).spec) == ("fsdp", None)
     assert tuple(place.sharding(("embed", "heads"), (64, 8)).spec) == ("fsdp", "tensor")
+
+
+def test_experts_and_examples_lie_over_the_expert_axis():
+    """And nothing else does."""
+    place = placement(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    names = ("layers", "experts", "embed", "expert_mlp")
+    assert tuple(place.sharding(names, (3, 4, 8, 6)).spec) == (None, "expert", "fsdp", "tensor")
+    assert tuple(place.sharding(names, (3, 5, 8, 7)).spec) == (None, None, "fsdp", None)
+    assert tuple(place.sharding(("batch", None), (8, 3)).spec) == (("data", "fsdp", "expert"), None)
+    assert tuple(place.sharding(("vocab", "embed"), (96, 8)).spec) == ("tensor", "fsdp")
+    assert place.batch_devices == 4
 
 
 def test_lazy_tensors_are_read_part_by_part():

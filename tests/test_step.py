@@ -51,6 +51,10 @@ PLACES = {
     "data 2, fsdp 2, tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
     "fsdp 4, tensor 2, 4 microbatches": ({"data": 1, "fsdp": 4, "tensor": 2}, 4),
     "tensor 8": ({"data": 1, "tensor": 8}, 1),
+    "data 4, expert 2": ({"data": 4, "expert": 2}, 1),
+    "expert 4, tensor 2, 2 microbatches": ({"data": 1, "expert": 4, "tensor": 2}, 2),
+    "fsdp 2, expert 2, tensor 2": ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, 1),
+    "expert 8": ({"data": 1, "expert": 8}, 1),
     "pmap": ({"placement": "pmap"}, 1),
     "pmap, 2 microbatches": ({"placement": "pmap"}, 2),
 }
@@ -176,9 +180,12 @@ def alone_with_experts():
     }
 
 
-@pytest.mark.parametrize("name", _placements(PLACES, ("data 2, fsdp 2, tensor 2",)))
+@pytest.mark.parametrize("name", _placements(PLACES, ("fsdp 2, expert 2, tensor 2",)))
 def test_trap_4_experts_lie_anywhere(name, alone_with_experts):
-    """The load balance is one number of a microbatch (under pmap, of a device): left out where there are more."""
+    """On devices of their own or not (8 devices do not divide 4 experts), and part of each one's width on each.
+
+    The load balance is one number of a microbatch (under pmap, of a device): left out where there are more.
+    """
     mesh, microbatches = PLACES[name]
     weight = 0.0 if microbatches > 1 or "placement" in mesh else 0.1
     batches, objective = [_uneven_batch(0), _uneven_batch(1)], replace(OBJECTIVE, load_balance=weight)

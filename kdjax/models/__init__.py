@@ -4,10 +4,11 @@ from kdjax.models.attention import Cache
 from kdjax.models.config import DType, ModelConfig, ModelSpec
 from kdjax.models.convert import export
 from kdjax.models.importance import Importance
-from kdjax.models.model_file import LazyTensor, ModelFile, select_encoder_layers, select_layers
+from kdjax.models.model_file import LazyTensor, ModelFile, select_kept, select_layers
 from kdjax.models.open import open_model
+from kdjax.models.paths import parameter_count
 from kdjax.models.prune import Cut
-from kdjax.models.transformer import TAPS, Model, parameter_count
+from kdjax.models.transformer import TAPS, Model
 
 __all__ = [
     "TAPS",
@@ -23,6 +24,6 @@ __all__ = [
     "export",
     "open_model",
     "parameter_count",
-    "select_encoder_layers",
+    "select_kept",
     "select_layers",
 ]

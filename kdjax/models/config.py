@@ -209,6 +209,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: to a kernel W is added α/rank·a·b, and only a and b are trained; merged when exported."""
+
+    rank: int = 0
+    """Columns of a, rows of b; 0: no adapters."""
+    alpha: float = 16.0
+    """α."""
+    targets: tuple[str, ...] = ("q", "k", "v", "out", "gate", "up", "down")
+    """The matrices that get one, in every layer: those of attention (q, k, v, out) and of mlps (gate, up, down)."""
+
+    def __post_init__(self) -> None:
+        """Check what no adapter can be made of."""
+        if self.rank < 0 or not self.alpha > 0:
+            raise UserError(
+                f"lora.rank is {self.rank} and lora.alpha {self.alpha}; wanted a rank from 0 and an alpha above 0"
+            )
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from and how it is run."""
 
@@ -223,5 +242,10 @@ class ModelSpec:
     """Of the computation; parameters that are trained stay float32."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but matmuls with weights (`dots`), or whole layers (`full`)."""
+    lora: Lora = Lora()
+    """Of a student: train adapters, and nothing else unless `trained` says so."""
+    trained: tuple[str, ...] = ()
+    """Of a student: beginnings of the paths of the parameters that are trained (`layers/mlp`, `final_norm`), the others
+    being frozen. Empty: all of them, or with `lora` none."""
     architecture: ModelConfig = ModelConfig()
     """Used only when `source` is `random`."""

@@ -19,8 +19,9 @@ from kdjax.models import files
 from kdjax.models.config import DType, ModelConfig
 from kdjax.models.family import Family, sizes_of, to_disk
 from kdjax.models.model_file import Index, LazyTensor, ModelFile, lazy, stacked
+from kdjax.models.paths import parameter_paths, path_text
 from kdjax.models.registry import family_named
-from kdjax.models.transformer import Model, parameter_paths, path_text
+from kdjax.models.transformer import Model
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9

@@ -57,7 +57,7 @@ def dropout(x_BTD: Array, row_keys_B: Array | None, site: Array | int, rate: flo
 
 
 class Linear(nn.Module):
-    """A kernel contracted with the last dimensions of its input, and maybe a bias."""
+    """A kernel contracted with the last dimensions of its input, and maybe a bias; an adapter beside it is added."""
 
     inputs: Dims
     outputs: Dims
@@ -70,6 +70,9 @@ class Linear(nn.Module):
         """Return ``x @ kernel + bias`` over the named dimensions."""
         kernel = parameter(self, "kernel", nn.initializers.normal(self.std), self.inputs + self.outputs)
         y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        if self.has_variable("params", "lora_a"):
+            a, b = (jnp.asarray(self.get_variable("params", f"lora_{which}"), self.dtype) for which in "ab")
+            y = y + jnp.tensordot(jnp.tensordot(x, a, axes=len(self.inputs)), b, axes=1)
         if self.bias:
             dims = tuple((None if name == "embed" else name, size) for name, size in self.outputs)
             bias = parameter(self, "bias", nn.initializers.zeros, dims)

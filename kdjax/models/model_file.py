@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.models.config import ModelConfig
+from kdjax.models.config import ModelConfig, ModelSpec
 
 Index = tuple[slice, ...]
 
@@ -126,6 +126,12 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     )
     config = replace(file.config, layers=len(keep), windows=windows, unrotated=unrotated, unnormed=unnormed)
     return replace(file, config=config, tensors=tensors)
+
+
+def select_kept(file: ModelFile, spec: ModelSpec) -> ModelFile:
+    """Return the model with only the layers that `spec` keeps."""
+    file = select_layers(file, spec.keep_layers) if spec.keep_layers else file
+    return select_encoder_layers(file, spec.keep_encoder_layers) if spec.keep_encoder_layers else file
 
 
 def layer_of(tensor: LazyTensor, layer: int) -> LazyTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import numpy as np
 
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models import files
-from kdjax.models.config import ModelConfig
+from kdjax.models.config import ModelConfig, ModelSpec
 from kdjax.models.convert import open_directory
-from kdjax.models.model_file import ModelFile, lazy
-from kdjax.models.transformer import Model, parameter_paths
+from kdjax.models.lora import merged
+from kdjax.models.model_file import ModelFile, lazy, select_kept
+from kdjax.models.paths import parameter_paths
+from kdjax.models.transformer import Model
+
+BASE = "base.json"
+"""What a run has trained a part of, in its directory."""
 
 
 def open_model(source: str) -> ModelFile:
@@ -65,11 +71,35 @@ def _open_run(directory: Path) -> ModelFile:
         config = dacite.from_dict(ModelConfig, files.read_json(path), dacite.Config(strict=True, cast=[tuple]))
     except dacite.DaciteError as error:
         raise UserError(f"{path} is not a model's architecture: {error}") from error
-    params = open_params(directory).params
-    _check_fits(directory, config, params)
+    params = jax.tree.map(np.asarray, open_params(directory).params)
     tokenizer = directory / "tokenizer.json"
-    tensors = jax.tree.map(lambda array: lazy(np.asarray(array)), params)
-    return ModelFile(config, tensors, str(directory), tokenizer if tokenizer.is_file() else None)
+    found = tokenizer if tokenizer.is_file() else None
+    if (directory / BASE).is_file():
+        return replace(_on_base(directory, params), tokenizer=found)
+    _check_fits(directory, config, params)
+    return ModelFile(config, jax.tree.map(lazy, params), str(directory), found)
+
+
+def _on_base(directory: Path, params: dict[str, Any]) -> ModelFile:
+    """Return the model of a run that has trained a part of another, or adapters to it.
+
+    Raises:
+        UserError: that other model is not there any more, or has changed.
+    """
+    record = files.read_json(directory / BASE)
+    try:
+        spec = dacite.from_dict(ModelSpec, record["spec"], dacite.Config(strict=True, cast=[tuple]))
+    except (dacite.DaciteError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / BASE} does not say what the run was trained on: {error!r}") from error
+    try:
+        base = select_kept(open_model(spec.source), spec)
+    except UserError as error:
+        raise UserError(f"{directory} has trained a part of {spec.source}, which is wanted too: {error}") from error
+    if base.sha256() != record.get("sha256"):
+        raise UserError(
+            f"{directory} has trained a part of {spec.source}, whose weights have changed since; restore them"
+        )
+    return merged(base, params, spec.lora)
 
 
 def _check_fits(directory: Path, config: ModelConfig, params: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from kdjax.models.config import ModelConfig
 from kdjax.models.convert import hf_config
 from kdjax.models.importance import Importance
 from kdjax.models.model_file import LazyTensor, ModelFile, layer_of, select_layers, stacked
+from kdjax.models.paths import path_text
 from kdjax.models.registry import family_named
-from kdjax.models.transformer import path_text
 
 Picks = Mapping[str, np.ndarray]
 """Letter of a dimension -> which of its units to keep, in order: [n], or [L, n] where each layer has its own."""

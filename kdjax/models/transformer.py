@@ -5,7 +5,6 @@ Layers are stacked on a leading axis and run under `nn.scan`; what differs betwe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -297,18 +296,3 @@ class Model:
         view = replace(view, encoder=view) if self.config.encoder_layers else view
         variables: Any = self._module().init(key, view)
         return variables["params"]
-
-
-def parameter_count(params: dict) -> int:
-    """Return how many numbers a tree of arrays (or of their shapes) holds."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def path_text(path: tuple[Any, ...]) -> str:
-    """Return a parameter's path as ``layers/attention/q/kernel``."""
-    return "/".join(step.key for step in path)
-
-
-def parameter_paths(params: dict) -> dict[str, Any]:
-    """Return the leaves of a parameter tree by path."""
-    return {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

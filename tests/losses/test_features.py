@@ -24,7 +24,7 @@ from kdjax.losses.features import (
     tapped,
 )
 from kdjax.models import ModelSpec, open_model
-from kdjax.models.transformer import parameter_paths
+from kdjax.models.paths import parameter_paths
 from kdjax.train import train
 
 N, D, E = 7, 5, 4

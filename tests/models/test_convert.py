@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kdjax.errors import UserError
 from kdjax.models import Model, ModelConfig, convert, export, open_model, select_layers
-from kdjax.models.transformer import parameter_paths
+from kdjax.models.paths import parameter_paths
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TIED, UNTIED, GPT2, GEMMA2 = (GOLDEN / name for name in ("llama_tied", "llama_untied", "gpt2", "gemma2"))

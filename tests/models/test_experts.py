@@ -1,5 +1,9 @@
 """Mixture of experts against a plain loop in float64: every pick counts, wherever the experts lie."""
 
+import math
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from kdjax.errors import UserError
 from kdjax.models import Model, ModelConfig
 from kdjax.models.experts import Experts, Kernels, Picks, here, through_experts
 from kdjax.shapes import View
+from kdjax.sharding import MeshConfig, placement
 
 B, T, D, F, E, P = 2, 7, 6, 5, 4, 2
 CONFIG = ModelConfig(width=D, heads=2, kv_heads=1, head_width=4, mlp_width=F, experts=E, experts_per_token=P)
@@ -90,6 +95,47 @@ def test_experts_apart_add_up_to_all_in_value_and_gradient():
     for way in (whole, in_halves):
         got = jax.value_and_grad(way, (0, 1))(x_BTD, kernels)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, wanted)
+
+
+MESHES = {
+    "experts": {"expert": 2},
+    "experts, rows do not divide": {"expert": 4},
+    "experts and rows do not divide": {"expert": 3},
+    "width": {"tensor": 5},
+    "width does not divide": {"tensor": 2},
+    "experts, width does not divide": {"expert": 2, "tensor": 2},
+    "other rows too, which do not divide": {"fsdp": 2, "expert": 2},
+}
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(sizes, id=name) for name, sizes in MESHES.items()])
+def test_a_mesh_of_any_shape_gives_what_one_device_gives(sizes):
+    """B = 2 rows, E = 4 experts of width F = 5: value and gradient, whatever of these divides."""
+    x_BTD, scores_BTE, kernels = problem()
+    _, expert_BTP, weight_BTP = picked(scores_BTE)
+    place = placement(MeshConfig(data=1, **sizes), jax.devices()[: math.prod(sizes.values())])
+
+    def of(dispatch):
+        def loss(x_BTD, weight_BTP, kernels):
+            picks = Picks(jnp.asarray(expert_BTP), weight_BTP)
+            return jnp.sum(jnp.sin(dispatch(partial(through_experts, "silu"), x_BTD, picks, kernels)))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*float32((x_BTD, weight_BTP, kernels)))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), of(place.dispatch), of(here))
+
+
+def test_tokens_go_to_the_experts_and_kernels_stay_where_they_are():
+    """The compiled module: tokens are gathered and their sums scattered; of kernels nothing crosses devices."""
+    rows, place = 8, placement(MeshConfig(data=2, expert=4))
+    x_BTD, picks = np.zeros((rows, T, D), np.float32), Picks(np.zeros((rows, T, P), int), np.zeros((rows, T, P)))
+    of_row = place.sharding(("batch", None, None), x_BTD.shape)
+    where = of_row, Picks(of_row, of_row), Kernels(*(place.sharding(("experts", None, None), (E, D, F)),) * 3)
+    run = jax.jit(partial(place.dispatch, partial(through_experts, "silu")), in_shardings=where)
+    module = run.lower(x_BTD, picks, float32(problem()[2])).compile().as_text()
+    crossing = re.findall(r"= \w+\[([\d,]+)\]\S* (all-\w+|reduce-scatter|collective-permute)\(", module)
+    of_group = {(f"{rows // 2},{T},{n}", "all-gather") for n in (D, P)}
+    assert set(crossing) == of_group | {(f"{rows // 8},{T},{D}", "reduce-scatter")}
 
 
 def test_load_balance_is_that_of_real_tokens():

@@ -12,8 +12,8 @@ from kdjax.errors import UserError
 from kdjax.models import Model, ModelConfig
 from kdjax.models.config import Rope
 from kdjax.models.family import sizes_of
+from kdjax.models.paths import parameter_paths
 from kdjax.models.registry import FAMILIES, family_named
-from kdjax.models.transformer import parameter_paths
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LLAMA_HF = json.loads((GOLDEN / "llama_untied" / "config.json").read_text())

@@ -14,9 +14,9 @@ from kdjax.models import Cut, Model, ModelConfig, ModelFile, export, open_model,
 from kdjax.models.family import sizes_of
 from kdjax.models.importance import Importance
 from kdjax.models.model_file import lazy
+from kdjax.models.paths import parameter_paths
 from kdjax.models.prune import CHOICES, FIELDS, densified, pick, pick_heads, shape, take, top
 from kdjax.models.registry import FAMILIES
-from kdjax.models.transformer import parameter_paths
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOKENS = np.random.default_rng(3).integers(1, 128, (2, 9))

@@ -1,0 +1,164 @@
+"""From what a config says of a model to one that can be loaded: its weights, and which of them are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kdjax.config import Config
+from kdjax.errors import UserError
+from kdjax.models import Model, ModelFile, ModelSpec, lora, open_model, select_kept
+from kdjax.sharding import Placement
+
+Open = Callable[[str], ModelFile]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model, its weights on disk (None: random ones), and a line that names it.
+
+    Attributes:
+        spec: what the config says of it, its source and layers being those of `file`.
+    """
+
+    model: Model
+    file: ModelFile | None
+    name: str
+    spec: ModelSpec = ModelSpec()
+
+    @property
+    def is_whole(self) -> bool:
+        """All of it is trained, where it is trained."""
+        return not (self.spec.trained or self.spec.lora.rank)
+
+    @property
+    def adapter_scale(self) -> float:
+        """What adapters add is multiplied by this."""
+        return self.spec.lora.alpha / max(self.spec.lora.rank, 1)
+
+    @cached_property
+    def axes(self) -> Any:
+        """The axes' names of all parameters and adapters."""
+        axes = self.model.logical_axes()
+        return lora.join(axes, lora.adapter_axes(self.spec.lora, axes))
+
+    def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
+        """Return the parameters, each read or drawn straight to where it lies."""
+        axes = self.model.logical_axes()
+        if self.file is not None:
+            return place.load(self.file.tensors, axes, dtype)
+        where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
+        return jax.jit(self.model.init, out_shardings=where)(key)
+
+    def init(self, key: jax.Array) -> Any:
+        """Return random parameters, only those that are trained, and new adapters."""
+        params = self.model.init(key)
+        return lora.join(self._part(params)[0], lora.init_adapters(self.spec.lora, params, key))
+
+    def start(self, place: Placement, key: jax.Array) -> Any:
+        """Return the parameters that are trained before the first step, float32."""
+        if self.is_whole:
+            return self.params(place, key)
+        shapes = jax.eval_shape(self.model.init, key)
+        adapters = jax.eval_shape(lambda key: lora.init_adapters(self.spec.lora, shapes, key), key)
+        where = place.state_shardings(adapters, self.axes)
+        adapters = jax.jit(lambda key: lora.init_adapters(self.spec.lora, shapes, key), out_shardings=where)(key)
+        return lora.join(self._loaded(place, 0, "float32"), adapters)
+
+    def base(self, place: Placement, whole: Any = None) -> Any:
+        """Return the parameters that are not trained, in the compute dtype; out of `whole`, where that is given."""
+        return self._loaded(place, 1, self.model.dtype) if whole is None else self._part(whole)[1]
+
+    def shares(self, other: Named) -> bool:
+        """Return whether its frozen parameters are the other's: the same file and dtype."""
+        return self.file is other.file and self.model.dtype == other.model.dtype
+
+    def _loaded(self, place: Placement, which: int, dtype: str) -> Any:
+        tensors = {} if self.file is None else self.file.tensors  # a random model is trained whole
+        return place.load(self._part(tensors)[which], self._part(self.model.logical_axes())[which], dtype)
+
+    def _part(self, tree: Any) -> tuple[Any, Any]:
+        return lora.part(tree, lambda path: lora.is_trained(self.spec, path))
+
+    def base_record(self) -> dict[str, Any] | None:
+        """Return what a run directory says of the model that the trained part belongs to; None where it is whole."""
+        if self.is_whole or self.file is None:
+            return None
+        path = Path(self.spec.source).expanduser()
+        source = str(path.absolute()) if path.exists() else self.spec.source
+        return {"spec": asdict(replace(self.spec, source=source)), "sha256": self.file.sha256()}
+
+    def identity(self, seed: int) -> str:
+        """Return ``SOURCE HASH``, by which a checkpoint names weights that it does not hold."""
+        return (
+            f"random seed-{seed}-{self.model.config}"
+            if self.file is None
+            else f"{self.file.source} {self.file.sha256()}"
+        )
+
+
+def models(config: Config, place: Placement, open_file: Open = open_model) -> tuple[Named, Named | None]:
+    """Return student and teacher.
+
+    Raises:
+        UserError: a model that is not there or does not load, or two vocabularies that differ.
+    """
+    teacher = None if config.teacher is None else _named(config.teacher, place, open_file, None)
+    student = _named(config.student, place, open_file, teacher)
+    if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
+        sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
+        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
+    if teacher is not None and student.model.config.labels != teacher.model.config.labels:
+        sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
+        raise UserError(f"the student tells {sizes}; wanted the same classes")
+    if not student.is_whole:
+        if student.file is None:
+            raise UserError(
+                "student.lora and student.trained freeze the rest of a model, but its source is 'random'; name a model"
+            )
+        lora.check(student.spec, student.file.tensors)
+    return student, teacher
+
+
+def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | None) -> Named:
+    file, architecture, name = None, spec.architecture, "random"
+    if spec.source == "teacher" and teacher is not None:
+        file, architecture, name = teacher.file, teacher.model.config, teacher.name
+        if file is None:
+            raise UserError("student.source is 'teacher' but the teacher is random; give the student an architecture")
+    elif spec.source != "random":
+        file = open_file(spec.source)
+        architecture, name = file.config, spec.source
+    for field, title in (("keep_layers", "layers"), ("keep_encoder_layers", "encoder's")):
+        if kept := getattr(spec, field):
+            if file is None:
+                raise UserError(f"{field} cuts layers out of a model, but source is 'random'; set architecture.layers")
+            name = f"{name}, {title} {','.join(map(str, kept))}"
+    if file is not None:
+        file = select_kept(file, spec)
+        architecture = file.config
+    if spec.source == "teacher" and teacher is not None:
+        spec = _of_teacher(spec, teacher.spec)
+    model = Model(architecture, spec.dtype, spec.remat, layout=place.constrain, dispatch=place.dispatch)
+    return Named(model, file, name, spec)
+
+
+def _of_teacher(student: ModelSpec, teacher: ModelSpec) -> ModelSpec:
+    """Return a student's spec, its source and layers, which were the teacher's, being those on disk."""
+
+    def kept(of_student: tuple[int, ...], of_teacher: tuple[int, ...]) -> tuple[int, ...]:
+        return (
+            tuple(of_teacher[layer] for layer in of_student) if of_student and of_teacher else of_student or of_teacher
+        )
+
+    return replace(
+        student,
+        source=teacher.source,
+        keep_layers=kept(student.keep_layers, teacher.keep_layers),
+        keep_encoder_layers=kept(student.keep_encoder_layers, teacher.keep_encoder_layers),
+    )
