@@ -85,6 +85,8 @@ class Config:
             )
         if self.teacher is not None and self.teacher.source == "teacher":
             raise UserError("teacher.source is 'teacher'; name a model (a directory, a known name, a run) or 'random'")
+        if self.student.quantize != "none":
+            raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
         if self.teacher is not None and (self.teacher.trained or self.teacher.lora.rank):
             raise UserError("teacher.trained and teacher.lora are set, but a teacher is not trained; set the student's")
 

@@ -37,6 +37,12 @@ def amount(value: Any) -> str:
     return f"{number:,.{decimals}f}"
 
 
+def small(value: Any) -> str:
+    """Return a number that may be far below 1 by two digits: ``0.00034``."""
+    number = finite(value)
+    return MISSING if number is None else f"{number:.2g}"
+
+
 def percent(value: Any) -> str:
     """Return a share as ``39.6 %``."""
     number = finite(value)
@@ -199,6 +205,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 STUDENT: Figures = {
     "layers": ("layers", count),
+    "encoder layers": ("encoder_layers", count),
     "width": ("width", count),
     "heads": ("heads", count),
     "kv heads": ("kv_heads", count),
@@ -209,15 +216,17 @@ STUDENT: Figures = {
     "KL to teacher (nats)": ("kl", amount),
     "top-1 agreement": ("agreement", percent),
     "perplexity": ("perplexity", amount),
+    "1 − cosine to teacher": ("features", amount),
 }
 """Rows of the table of a cut student: what stands before them, key, format."""
 
 
 def student_table(models: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Return the table of teacher, student before training, and a random student of its shape."""
+    """Return the table of teacher, student before training, and a random student of its shape; rows that are known."""
     rows = [
         [name, *(show(model[key]) if key in model else MISSING for model in models.values())]
         for name, (key, show) in STUDENT.items()
+        if any(key in model for model in models.values())
     ]
     return table(["", *models], rows)
 

@@ -275,4 +275,4 @@ def _is_end(token_B: Array, eos_ids: tuple[int, ...]) -> Array:
 
 def _cast_matrix(dtype: str, path: Any, leaf: Array) -> Array:
     """Return a matrix in the compute dtype, cast once and not in every step; norms stay as they are."""
-    return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+    return leaf.astype(dtype) if getattr(path[-1], "key", None) in ("kernel", "embedding") else leaf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ import jax
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import Model, ModelFile, ModelSpec, lora, open_model, select_kept
+from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.sharding import Placement
 
 Open = Callable[[str], ModelFile]
@@ -49,9 +51,9 @@ class Named:
 
     def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
         """Return the parameters, each read or drawn straight to where it lies."""
-        axes = self.model.logical_axes()
+        axes, kind = self.model.logical_axes(), self.spec.quantize
         if self.file is not None:
-            return place.load(self.file.tensors, axes, dtype)
+            return place.load(quantized(self.file.tensors, kind), quantized_axes(axes, kind), dtype)
         where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
         return jax.jit(self.model.init, out_shardings=where)(key)
 
@@ -75,8 +77,8 @@ class Named:
         return self._loaded(place, 1, self.model.dtype) if whole is None else self._part(whole)[1]
 
     def shares(self, other: Named) -> bool:
-        """Return whether its frozen parameters are the other's: the same file and dtype."""
-        return self.file is other.file and self.model.dtype == other.model.dtype
+        """Return whether its frozen parameters are the other's: the same file and dtype, and not quantised."""
+        return self.file is other.file and self.model.dtype == other.model.dtype and other.spec.quantize == "none"
 
     def _loaded(self, place: Placement, which: int, dtype: str) -> Any:
         tensors = {} if self.file is None else self.file.tensors  # a random model is trained whole
@@ -95,11 +97,12 @@ class Named:
 
     def identity(self, seed: int) -> str:
         """Return ``SOURCE HASH``, by which a checkpoint names weights that it does not hold."""
-        return (
-            f"random seed-{seed}-{self.model.config}"
-            if self.file is None
-            else f"{self.file.source} {self.file.sha256()}"
-        )
+        if self.file is None:
+            return f"random seed-{seed}-{self.model.config}"
+        digest = self.file.sha256()
+        if self.spec.quantize != "none":
+            digest = hashlib.sha256(f"{digest} {self.spec.quantize}".encode()).hexdigest()
+        return f"{self.file.source} {digest}"
 
 
 def models(config: Config, place: Placement, open_file: Open = open_model) -> tuple[Named, Named | None]:
@@ -116,6 +119,8 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
     if teacher is not None and student.model.config.labels != teacher.model.config.labels:
         sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
         raise UserError(f"the student tells {sizes}; wanted the same classes")
+    if teacher is not None and teacher.file is None and teacher.spec.quantize != "none":
+        raise UserError("teacher.quantize is set, but its source is 'random'; name a model")
     if not student.is_whole:
         if student.file is None:
             raise UserError(

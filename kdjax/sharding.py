@@ -152,11 +152,14 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, abstract_state)
 
     def load(self, tensors: Any, axes: Any, dtype: str) -> Any:
-        """Return arrays of the mesh from lazy tensors (`shape`, `read(index)`), each device's part read alone."""
+        """Return arrays of the mesh from lazy tensors (`shape`, `read(index)`), each device's part read alone.
+
+        What `casts` becomes `dtype`; what is quantised stays as it is.
+        """
 
         def put(lazy: Any, names: tuple[str | None, ...]) -> Array:
-            where = self.sharding(names, lazy.shape)
-            return jax.make_array_from_callback(lazy.shape, where, lambda index: lazy.read(index).astype(dtype))
+            where, kept = self.sharding(names, lazy.shape), dtype if lazy.casts else lazy.dtype
+            return jax.make_array_from_callback(lazy.shape, where, lambda index: lazy.read(index).astype(kept))
 
         return jax.tree.map(put, tensors, axes)
 

@@ -13,13 +13,21 @@ from kdjax.build import Job
 from kdjax.environment import describe
 from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
-from kdjax.models import Model, parameter_count
+from kdjax.models import Model, byte_count, parameter_count
 from kdjax.shapes import View
 from kdjax.step import TrainState, student_params
+from kdjax.student import divergence
 
 Summary = dict[str, Any]
 Looks = Mapping[int, Mapping[str, float]]
 """Step -> the figures of its evaluation."""
+
+
+QUANTIZED = (
+    "the teacher takes {bytes_teacher:,} bytes quantised; that costs {kl_quantized:.2g} nats of KL a token from the "
+    "whole one, and {agreement_quantized:.1%} of top choices are the same"
+)
+"""What is said of `quantizing`."""
 
 
 def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
@@ -27,6 +35,20 @@ def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     said = {} if job.teacher is None else {"teacher": _continued(job, job.teacher.model, frozen["teacher"])}
     said["student before"] = _continued(job, job.student.model, student_params(job.recipe, params, frozen))
     return _facts(job, params, frozen, looks) | {"continuations": {who: text for who, text in said.items() if text}}
+
+
+def quantizing(job: Job, frozen: Any) -> Summary:
+    """Return what quantising the teacher costs on held-out text: the KL to it from the whole one, and equal choices.
+
+    Nothing where it is not quantised or gives no logits. The whole teacher is in memory beside it meanwhile.
+    """
+    teacher, batches = job.teacher, job.data.evaluation(job.config.batch_size)
+    if teacher is None or teacher.spec.quantize == "none" or not (job.config.objective.logits and batches):
+        return {}
+    whole = replace(teacher, spec=replace(teacher.spec, quantize="none"))
+    kept = {"teacher": whole.params(job.place, job.keys[1], whole.model.dtype)}
+    figures = divergence(job.place, teacher, frozen["teacher"], whole, kept, batches)
+    return {f"{name}_quantized": figures[name] for name in ("kl", "agreement")}
 
 
 def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequence[Mapping[str, Any]]) -> Summary:
@@ -80,7 +102,9 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
         "environment": describe(),
     }
     if job.teacher is not None:
-        facts |= {"teacher": job.teacher.name, "parameters_teacher": parameter_count(frozen["teacher"])}
+        of_teacher = jax.eval_shape(job.teacher.model.init, job.keys[1])
+        facts |= {"teacher": job.teacher.name, "parameters_teacher": parameter_count(of_teacher)}
+        facts |= {"bytes_teacher": byte_count(frozen["teacher"])}
     return facts | named_figures(looks.get(0, {}), "before")
 
 

@@ -293,6 +293,9 @@ def _stop_if_asked(run: Run) -> None:
 
 def _open_summary(run: Run) -> None:
     run.summary = summary.opening(run.job, run.state.params, run.frozen, run.looks)
+    run.summary |= summary.quantizing(run.job, run.frozen)
+    if "kl_quantized" in run.summary:
+        log.info(summary.QUANTIZED.format(**run.summary))
     _write_summary(run)
 
 

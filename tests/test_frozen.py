@@ -179,3 +179,55 @@ def test_what_cannot_be_frozen_is_refused(config, directory):
     refused(adapted(config, directory, trained=("layers/mpl",)), "trained names 'layers/mpl'.*did you mean")
     with pytest.raises(UserError, match="a teacher is not trained; set the student's"):
         replace(config, teacher=ModelSpec(lora=RANK))
+
+
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_the_report_says_what_quantising_the_teacher_costs(config, directory, home, kind):
+    made = taught_by(config, directory)
+    made = replace(made, teacher=replace(made.teacher, quantize=kind))
+    job, summary = build(made), train(made, home / kind)
+    whole, kept = build(replace(made, teacher=replace(made.teacher, quantize="none"))).frozen(), job.frozen()
+    total = tokens = same = 0
+    for batch in job.data.evaluation(made.batch_size):
+        hidden = [job.teacher.model.apply(tree["teacher"], batch.student).hidden_BTD for tree in (whole, kept)]
+        heads = [job.teacher.model.head(tree["teacher"]).w_DV for tree in (whole, kept)]
+        logits = [np.asarray(h, np.float64) @ np.asarray(w, np.float64) for h, w in zip(hidden, heads, strict=True)]
+        p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+        at = np.asarray(batch.student_rows_BR)[:, :, None]
+        p, q = (np.take_along_axis(x, at, 1) for x in (p, q))
+        weight = np.asarray(batch.kd_weight_BR, np.float64)
+        total += (weight * (np.exp(p) * (p - q)).sum(-1)).sum()
+        same += (weight * (p.argmax(-1) == q.argmax(-1))).sum()
+        tokens += weight.sum()
+    assert summary["kl_quantized"] == pytest.approx(total / tokens, rel=1e-3) and total > 0
+    assert summary["agreement_quantized"] == pytest.approx(same / tokens, abs=1e-6)
+    assert summary["bytes_teacher"] < 0.45 * 4 * summary["parameters_teacher"]
+    assert summary["parameters_teacher"] == parameter_count(whole["teacher"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"placement": "pmap"}], ids=str)
+def test_a_quantised_teacher_teaches_the_same_anywhere(config, directory, mesh):
+    made = taught_by(config, directory)
+    made = replace(made, teacher=replace(made.teacher, quantize="int4"), mesh=MeshConfig(data=8))
+    (want, loss), (got, elsewhere) = first_gradient(made), first_gradient(replace(made, mesh=MeshConfig(**mesh)))
+    assert elsewhere == pytest.approx(loss, rel=1e-5)
+    for path, leaf in parameter_paths(want).items():
+        np.testing.assert_allclose(
+            parameter_paths(got)[path], leaf, atol=1e-5 * np.linalg.norm(leaf) + 1e-8, err_msg=path
+        )
+
+
+def test_quantised_weights_are_another_teacher(config, directory):
+    made = taught_by(config, directory)
+    kinds = [replace(made, teacher=replace(made.teacher, quantize=kind)) for kind in ("none", "int8", "int4")]
+    assert len({build(each).frozen_names()["teacher"] for each in kinds}) == 3
+
+
+def test_what_cannot_be_quantised_is_refused(config):
+    refused(
+        replace(config, teacher=replace(config.teacher, quantize="int8")),
+        "teacher.quantize is set, but its source is 'random'",
+    )
+    with pytest.raises(UserError, match="student.quantize is set, but what is trained stays float32"):
+        replace(config, student=replace(config.student, quantize="int8"))

@@ -6,7 +6,7 @@ from kdjax.models.convert import export
 from kdjax.models.importance import Importance
 from kdjax.models.model_file import LazyTensor, ModelFile, select_kept, select_layers
 from kdjax.models.open import open_model
-from kdjax.models.paths import parameter_count
+from kdjax.models.paths import byte_count, parameter_count
 from kdjax.models.prune import Cut
 from kdjax.models.transformer import TAPS, Model
 
@@ -21,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "ModelFile",
     "ModelSpec",
+    "byte_count",
     "export",
     "open_model",
     "parameter_count",

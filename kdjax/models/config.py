@@ -10,6 +10,7 @@ from kdjax.errors import UserError
 DType = Literal["float32", "bfloat16"]
 Task = Literal["causal_lm", "masked_lm", "classification", "seq2seq", "embedding"]
 Remat = Literal["none", "dots", "full"]
+Quantize = Literal["none", "int8", "int4"]
 
 
 MOST = 10_000
@@ -242,6 +243,8 @@ class ModelSpec:
     """Of the computation; parameters that are trained stay float32."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but matmuls with weights (`dots`), or whole layers (`full`)."""
+    quantize: Quantize = "none"
+    """Of a teacher: keep its matrices in 8 bits, or in 4 with 8 for embedding and head; computed in `dtype`."""
     lora: Lora = Lora()
     """Of a student: train adapters, and nothing else unless `trained` says so."""
     trained: tuple[str, ...] = ()

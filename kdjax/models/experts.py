@@ -17,6 +17,7 @@ from jax import lax
 
 from kdjax.models.config import ModelConfig
 from kdjax.models.layers import ACTIVATIONS, INIT_STD, Dims, branch_std, parameter
+from kdjax.models.quantize import dense
 from kdjax.shapes import Array
 
 
@@ -56,7 +57,7 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         """Return them stacked, [E, inputs, outputs]."""
-        return parameter(self, "kernel", nn.initializers.normal(self.std), self.dims).astype(self.dtype)
+        return dense(parameter(self, "kernel", nn.initializers.normal(self.std), self.dims), self.dtype)
 
 
 class Experts(nn.Module):

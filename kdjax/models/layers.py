@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from kdjax.models.config import ModelConfig
 from kdjax.models.positions import relative_buckets
+from kdjax.models.quantize import dense
 from kdjax.shapes import Array
 
 INIT_STD = 0.02
@@ -69,7 +71,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Return ``x @ kernel + bias`` over the named dimensions."""
         kernel = parameter(self, "kernel", nn.initializers.normal(self.std), self.inputs + self.outputs)
-        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        y = jnp.tensordot(x, dense(kernel, self.dtype), axes=len(self.inputs))
         if self.has_variable("params", "lora_a"):
             a, b = (jnp.asarray(self.get_variable("params", f"lora_{which}"), self.dtype) for which in "ab")
             y = y + jnp.tensordot(jnp.tensordot(x, a, axes=len(self.inputs)), b, axes=1)
@@ -95,8 +97,8 @@ class Embedding(nn.Module):
         dims = ((self.name_of_rows, self.rows), ("embed", self.width))
         table = parameter(self, "embedding", nn.initializers.normal(INIT_STD), dims)
         # Gathered over all but its rows first: a table split both ways would have its result rearranged whole.
-        table = self.layout(table, (self.name_of_rows, None))
-        return jnp.take(table, index_BT, axis=0).astype(self.dtype)
+        table = jax.tree.map(lambda x: self.layout(x, (self.name_of_rows, None)), table)
+        return dense(jax.tree.map(partial(jnp.take, indices=index_BT, axis=0), table), self.dtype)
 
 
 class RelativeBias(nn.Module):

@@ -20,11 +20,11 @@ import numpy as np
 from kdjax.errors import UserError, did_you_mean, listed
 from kdjax.models.config import Lora, ModelSpec
 from kdjax.models.model_file import Index, LazyTensor, ModelFile, lazy
-from kdjax.models.paths import nested, parameter_paths
+from kdjax.models.paths import input_axes, nested, parameter_paths
 from kdjax.shapes import Array
 
-INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
-"""What an adapter can stand beside -> how many axes of its kernel are summed over."""
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
+"""What an adapter can stand beside."""
 
 Tree = dict[str, Any]
 
@@ -70,8 +70,8 @@ def check(spec: ModelSpec, params: Tree) -> None:
     if not spec.lora.rank:
         return
     for name in spec.lora.targets:
-        if name not in INPUTS:
-            raise UserError(f"lora.targets names {name!r}{did_you_mean(name, INPUTS)}")
+        if name not in TARGETS:
+            raise UserError(f"lora.targets names {name!r}{did_you_mean(name, TARGETS)}")
     if not _kernels(spec.lora, params):
         raise UserError(f"the model has none of the matrices that lora.targets names: {listed(spec.lora.targets)}")
 
@@ -91,12 +91,6 @@ def _branch(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _axes(path: str) -> tuple[int, int]:
-    """Return where the axes of a kernel that are summed over begin, after that of the layers, and where they end."""
-    first = int("layers" in path.split("/"))
-    return first, first + INPUTS[path.rpartition("/")[2]]
-
-
 def init_adapters(lora: Lora, params: Tree, key: Array) -> Tree:
     """Return new adapters of a model with parameters of such shapes, float32; what they add is 0 at first.
 
@@ -104,7 +98,7 @@ def init_adapters(lora: Lora, params: Tree, key: Array) -> Tree:
     """
     adapters = {}
     for path, kernel in _kernels(lora, params).items():
-        (first, end), shape = _axes(path), tuple(kernel.shape)
+        (first, end), shape = input_axes(path), tuple(kernel.shape)
         bound = 1 / math.sqrt(math.prod(shape[first:end]))
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         adapters[f"{path}/lora_a"] = jax.random.uniform(own, (*shape[:end], lora.rank), jnp.float32, -bound, bound)
@@ -116,7 +110,7 @@ def adapter_axes(lora: Lora, axes: Tree) -> Tree:
     """Return the names of the adapters' axes, from those of the model's; that of the rank is None."""
     names = {}
     for path, of_kernel in _kernels(lora, axes).items():
-        first, end = _axes(path)
+        first, end = input_axes(path)
         names[f"{path}/lora_a"] = (*of_kernel[:end], None)
         names[f"{path}/lora_b"] = (*of_kernel[:first], None, *of_kernel[end:])
     return nested(names)
@@ -144,7 +138,7 @@ def merged(base: ModelFile, trained: Tree, lora: Lora) -> ModelFile:
 
 def _added(path: str, kernel: LazyTensor, a: np.ndarray, b: np.ndarray, scale: float) -> LazyTensor:
     """Return a kernel plus ``scale·a @ b``, layer by layer, computed for what is read of it."""
-    first, end = _axes(path)
+    first, end = input_axes(path)
     fits = (*a.shape[:-1], *b.shape[first + 1 :]) == kernel.shape and a.shape[-1] == b.shape[first]
     if not fits:
         raise UserError(f"the adapter of {path} has shapes {a.shape} and {b.shape}; its kernel has {kernel.shape}")

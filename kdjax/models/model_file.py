@@ -29,11 +29,13 @@ class LazyTensor:
         shape: of the whole.
         read: gives the part at an index, a slice for each axis, as a float32 array of its own.
         dtype: of what `read` gives.
+        casts: it may be cast to the dtype of a computation; what is quantised may not.
     """
 
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
     dtype: np.dtype = np.dtype(np.float32)
+    casts: bool = True
 
     def all(self) -> np.ndarray:
         """Return the whole array."""
@@ -120,6 +122,7 @@ def select_layers(file: ModelFile, keep: Sequence[int]) -> ModelFile:
     """
     tensors = file.tensors | {"layers": _kept(file.tensors["layers"], file.config.layers, keep, file.source)}
     windows = tuple(file.config.windows[layer] for layer in keep) if file.config.windows else ()
+    windows = windows if any(windows) else ()
     unrotated, unnormed = (
         tuple(place for place, layer in enumerate(keep) if layer in without)
         for without in (file.config.unrotated, file.config.unnormed)

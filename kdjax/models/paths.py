@@ -18,6 +18,21 @@ def path_text(path: tuple[Any, ...]) -> str:
     return "/".join(step.key for step in path)
 
 
+def byte_count(params: dict) -> int:
+    """Return how many bytes a tree of arrays takes in a device's memory, where numbers of 4 bits are packed."""
+    return sum(math.prod(leaf.shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(params))
+
+
+def input_axes(path: str) -> tuple[int, int]:
+    """Return where the axes of a matrix that are summed over begin, behind those of layers and experts, and end.
+
+    An embedding, which is the transposed head, is summed over its width.
+    """
+    branches = path.removesuffix("/kernel").split("/")
+    first = branches.count("layers") + branches.count("experts") + (branches[-1] == "embedding")
+    return first, first + 1 + (branches[-1] == "out")
+
+
 def parameter_paths(params: dict) -> dict[str, Any]:
     """Return what stands in a nested dict, by path: ``layers/attention/q/kernel``; in the order of names."""
     paths: dict[str, Any] = {}

@@ -33,6 +33,7 @@ from kdjax.models.layers import (
     parameter,
 )
 from kdjax.models.positions import alibi, rope_waves, sinusoids
+from kdjax.models.quantize import dequantized
 from kdjax.shapes import Array, Head, Output, View
 
 TAPS = ("hidden", "q", "k", "v")
@@ -276,6 +277,7 @@ class Model:
         """Return the map from hidden states to logits: the head's own kernel, or the embedding when tied."""
         c, own = self.config, params.get(head_name(self.config), {})
         w_DV = params["embed"]["embedding"].T if c.tie_head else own["kernel"]
+        w_DV = dequantized(w_DV, self.dtype)
         return Head(w_DV, own.get("bias"), c.labels or c.vocab_size, c.head_soft_cap, c.head_scale)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kdjax.console import MISSING, amount, count, duration, finite, percent
+from kdjax.console import MISSING, amount, count, duration, finite, percent, small
 from kdjax.report.run import Run
 
 Show = Callable[[Any], str]
@@ -34,9 +34,13 @@ FIGURES = (
     Figure("loss of inner layers before", "features_before", amount),
     Figure("loss of inner layers after", "features_after", amount, min, True),
     Figure("perplexity of the teacher", "perplexity_teacher", amount),
+    Figure("bytes of the teacher", "bytes_teacher", count),
+    Figure("KL from the teacher to itself quantised (nats)", "kl_quantized", small),
+    Figure("top-1 agreement of both", "agreement_quantized", percent),
     Figure("perplexity before", "perplexity_before", amount),
     Figure("perplexity after", "perplexity_after", amount, min, True),
     Figure("parameters", "parameters_student", count),
+    Figure("parameters that are trained", "parameters_trained", count),
     Figure("tokens/s of the model", "tokens_per_second_student", count, max),
     Figure("tokens/s in training", "tokens_per_second_train", count, max),
     Figure("time", "seconds", duration),
