@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import generate, harness, kinds, loss_compiled, loss_table, models, students
+from benchmarks import generate, harness, kinds, loss_compiled, loss_table, memory, models, students
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,6 +27,7 @@ LOSSES = ROOT / "docs" / "losses.md"
 MODELS = ROOT / "docs" / "models.md"
 STUDENTS = ROOT / "docs" / "students.md"
 GENERATION = ROOT / "docs" / "generation.md"
+MEMORY = ROOT / "docs" / "memory.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -159,6 +160,12 @@ GENERATION_BLOCKS: dict[str, Callable[[Path], str]] = {
 """The same for the page of generation."""
 
 
+MEMORY_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "memory": lambda results: memory.markdown(harness.read(results / "memory.jsonl")),
+}
+"""The same for the page of memory."""
+
+
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
     for name, make in blocks.items():
@@ -177,6 +184,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     MODELS: partial(render_page, MODEL_BLOCKS),
     STUDENTS: partial(render_page, STUDENT_BLOCKS),
     GENERATION: partial(render_page, GENERATION_BLOCKS),
+    MEMORY: partial(render_page, MEMORY_BLOCKS),
 }
 
 

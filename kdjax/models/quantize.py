@@ -24,6 +24,9 @@ GROUP = 32
 
 DTYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 SCALES = {"int8": np.dtype(np.float32), "int4": np.dtype(ml_dtypes.bfloat16)}
+RANGES = {"int8": "absmax", "int4": "minmax"}
+"""What a scale is made for, in qwix's words: the largest absolute number, or all from the least to the largest, which
+takes a zero point."""
 
 EIGHT_BITS = ("embed/embedding", "head/kernel")
 """Read once a token, and few of the numbers of a large model: 4 bits would save little there and cost much."""
@@ -46,7 +49,7 @@ def quantized(tensors: Tree, kind: Quantize) -> Tree:
 
 def quantized_axes(axes: Tree, kind: Quantize) -> Tree:
     """Return the names of the axes of `quantized`: scales lie as their numbers do."""
-    return _each(axes, kind, lambda path, names, own: _pair(names, names, own))
+    return _each(axes, kind, lambda path, names, own: _made_of(names, names, names, own))
 
 
 def _each(tree: Tree, kind: Quantize, function: Callable[[str, Any, Quantize], Any]) -> Tree:
@@ -66,10 +69,10 @@ def dense(parameter: Any, dtype: Any) -> Array:
     return dequantized(parameter, dtype).astype(dtype)
 
 
-def _pair(numbers: Any, scales: Any, kind: Quantize) -> Any:
-    """Return a QArray of whatever stands for its arrays."""
+def _made_of(numbers: Any, scales: Any, zero: Any, kind: Quantize) -> Any:
+    """Return a QArray of whatever stands for its arrays; there are zero points only where the kind has them."""
     make: Any = qwix.QArray
-    return make(numbers, scales, qtype=DTYPES[kind])
+    return make(numbers, scales, zero if RANGES[kind] == "minmax" else None, qtype=DTYPES[kind])
 
 
 def _tiles(path: str, shape: tuple[int, ...], kind: Quantize) -> tuple[int, ...]:
@@ -82,34 +85,45 @@ def _tiles(path: str, shape: tuple[int, ...], kind: Quantize) -> tuple[int, ...]
 
 
 def _lazy(path: str, tensor: LazyTensor, kind: Quantize) -> Any:
-    """Return a matrix as a QArray of lazy tensors, of numbers and of scales."""
+    """Return a matrix as a QArray of lazy tensors: of numbers, of scales, and where there are some of zero points."""
     tiles = _tiles(path, tensor.shape, kind)
-    scales = tuple(size // tile for size, tile in zip(tensor.shape, tiles, strict=True))
+    coarse = tuple(size // tile for size, tile in zip(tensor.shape, tiles, strict=True))
 
-    def part(index: Index) -> tuple[np.ndarray, np.ndarray]:
-        """Return numbers and scales of the tiles at an index that counts tiles."""
+    def part(index: Index) -> Any:
+        """Return what is at an index that counts tiles, quantised."""
         whole = tuple(slice(at.start * tile, at.stop * tile) for at, tile in zip(index, tiles, strict=True))
         groups = {axis: tile for axis, tile in enumerate(tiles) if tile > 1}
-        single = [axis for axis, tile in enumerate(tiles) if tile == 1]
-        array = jnp.asarray(tensor.read(whole))
-        found = qwix.quantize(array, DTYPES[kind], channelwise_axes=single, tiled_axes=groups, scale_dtype=SCALES[kind])
-        return np.asarray(found.qvalue), np.asarray(found.scale)
+        return qwix.quantize(
+            jnp.asarray(tensor.read(whole)),
+            DTYPES[kind],
+            channelwise_axes=[axis for axis, tile in enumerate(tiles) if tile == 1],
+            tiled_axes=groups,
+            calibration_method=RANGES[kind],
+            scale_dtype=SCALES[kind],
+        )
 
     def numbers(index: Index) -> np.ndarray:
-        at = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, tensor.shape, strict=True))
+        at = _spans(index, tensor.shape)
         around = tuple(slice(i.start // tile, -(-i.stop // tile)) for i, tile in zip(at, tiles, strict=True))
         inside = tuple(
             slice(i.start - j.start * tile, i.stop - j.start * tile)
             for i, j, tile in zip(at, around, tiles, strict=True)
         )
-        return np.concatenate([part(row)[0][(slice(None), *inside[1:])] for row in _rows(path, around)])
+        return np.concatenate([np.asarray(part(row).qvalue)[(slice(None), *inside[1:])] for row in _rows(path, around)])
 
-    def scale(index: Index) -> np.ndarray:
-        at = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, scales, strict=True))
-        return np.concatenate([part(row)[1] for row in _rows(path, at)])
+    def of_groups(field: str, dtype: np.dtype) -> LazyTensor:
+        def read(index: Index) -> np.ndarray:
+            return np.concatenate([getattr(part(row), field) for row in _rows(path, _spans(index, coarse))])
+
+        return LazyTensor(coarse, read, dtype, casts=False)
 
     whole = LazyTensor(tensor.shape, numbers, DTYPES[kind], casts=False)
-    return _pair(whole, LazyTensor(scales, scale, SCALES[kind], casts=False), kind)
+    return _made_of(whole, of_groups("scale", SCALES[kind]), of_groups("zero_point", DTYPES[kind]), kind)
+
+
+def _spans(index: Index, shape: tuple[int, ...]) -> Index:
+    """Return an index whose slices say where they begin and end."""
+    return tuple(slice(*at.indices(size)[:2]) for at, size in zip(index, shape, strict=True))
 
 
 def _rows(path: str, index: Index) -> list[Index]:

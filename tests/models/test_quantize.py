@@ -53,14 +53,15 @@ def seen(config):
     return replace(view, encoder=view) if config.encoder_layers else view
 
 
-def largest(weight, axes, group):
-    """The largest absolute entry of those that share a scale, at each entry: all along `axes`, or groups of 32."""
-    size = np.abs(weight)
+def spread(weight, axes, group):
+    """From the least to the largest entry of those that share a scale, 0 being one of them: all, or groups of 32."""
+    low, high = np.minimum(weight, 0), np.maximum(weight, 0)
     if group is None:
-        return np.broadcast_to(size.max(axes, keepdims=True), weight.shape)
-    parts = np.moveaxis(size, axes[-1], -1).reshape(*np.delete(weight.shape, axes[-1]), -1, group)
-    whole = np.broadcast_to(parts.max(-1, keepdims=True), parts.shape).reshape(*parts.shape[:-2], -1)
-    return np.moveaxis(whole, -1, axes[-1])
+        return np.broadcast_to(2 * np.maximum(-low, high).max(axes, keepdims=True), weight.shape)
+    parts = [np.moveaxis(x, axes[-1], -1).reshape(*np.delete(weight.shape, axes[-1]), -1, group) for x in (low, high)]
+    whole = parts[1].max(-1, keepdims=True) - parts[0].min(-1, keepdims=True)
+    whole = np.broadcast_to(whole, parts[0].shape)
+    return np.moveaxis(whole.reshape(*whole.shape[:-2], -1), -1, axes[-1])
 
 
 INPUTS = {"q": (1,), "k": (1,), "v": (1,), "out": (1, 2), "gate": (1,), "up": (1,), "down": (1,)}
@@ -73,13 +74,14 @@ def test_no_number_is_further_off_than_half_a_step(kind):
     for path, weight in parameter_paths(params).items():
         name = path.split("/")[-2]
         if path == "embed/embedding":
-            step = largest(weight, (1,), None) / 127
+            step = spread(weight, (1,), None) / 254
         elif path.endswith("kernel"):
-            step = largest(weight, INPUTS[name], None if kind == "int8" else 32) / (127 if kind == "int8" else 7)
+            step = spread(weight, INPUTS[name], None if kind == "int8" else 32) / (254 if kind == "int8" else 15)
         else:
             np.testing.assert_array_equal(got[path], weight)
             continue
-        slack = 1.0 if kind == "int8" or path == "embed/embedding" else 1.06  # scales of 4 bits are bfloat16: 7·2⁻⁹·2
+        # Zero points are whole numbers, so an end may be cut off by half a step; scales of 4 bits are bfloat16.
+        slack = 1.0 if kind == "int8" or path == "embed/embedding" else 2.1
         assert np.all(np.abs(got[path] - weight) <= step / 2 * slack), path
         assert np.any(got[path] != weight), path
 
@@ -124,7 +126,7 @@ def test_what_is_kept_takes_a_quarter_to_an_eighth_of_the_bytes():
     whole = byte_count(params["layers"])
     assert whole == sum(x.nbytes for x in jax.tree.leaves(params["layers"]))
     eighth, quarter = (byte_count(loaded(params, kind)["layers"]) / whole for kind in ("int4", "int8"))
-    assert 1 / 8 < eighth < 1 / 7 and 1 / 4 < quarter < 1 / 3.9
+    assert 1 / 8 < eighth < 1 / 6.8 and 1 / 4 < quarter < 1 / 3.9
 
 
 def test_what_is_small_stays_as_it_is():
