@@ -24,7 +24,7 @@ from kdjax import data
 from kdjax.build import Named
 from kdjax.console import amount, count, percent
 from kdjax.data import DataConfig
-from kdjax.models import Cut, Importance, Model, ModelFile, open_model, parameter_count, select_layers
+from kdjax.models import Cut, Importance, Model, ModelFile, open_model, parameter_count
 from kdjax.models.prune import pick, take
 from kdjax.sharding import MeshConfig, placement
 from kdjax.student import divergence, scored
@@ -60,8 +60,7 @@ def at_random(scores: Importance) -> Importance:
 
 def students(teacher: ModelFile, scores: Importance, by: str, cut: Cut) -> ModelFile:
     """Return the student of a case."""
-    keep, picks = pick(teacher.config, cut, at_random(scores) if by == "random" else scores)
-    return take(select_layers(teacher, keep), picks)
+    return take(teacher, pick(teacher.config, cut, at_random(scores) if by == "random" else scores))
 
 
 def measure() -> list[harness.Row]:

@@ -191,13 +191,15 @@ def _student(options: argparse.Namespace, flags: list[str]) -> None:
     from kdjax.models import Cut
     from kdjax.student import make_student
 
-    names = ("layers", "choose", "mlp", "heads", "kv_heads", "width", "vocab", "dense")
+    names = ("layers", "encoder_layers", "choose", "mlp", "heads", "kv_heads", "width", "vocab", "dense")
     cut = Cut(keep_layers=tuple(options.keep_layers), **{name: getattr(options, name) for name in names})
     text = DataConfig(sources=tuple(options.sources), sequence_length=options.sequence_length)
     report = make_student(options.teacher, options.out, cut, text, options.rows, options.dtype)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(student_table(report["models"]))
-    console.print(f"layers kept: {' '.join(map(str, report['kept']['layers']))}")
+    for units, title in (("layers", "layers kept"), ("encoder_layers", "encoder layers kept")):
+        if units in report["kept"]:
+            console.print(f"{title}: {' '.join(map(str, report['kept'][units]))}")
     console.print(f"student: {options.out}   what was kept and why: {options.out / 'student.json'}")
 
 
@@ -296,11 +298,14 @@ def _add_student(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=int, metavar="N", help="layers to keep")
     command.add_argument("--keep-layers", type=int, nargs="+", default=[], metavar="I", help="which ones, from 0")
     command.add_argument(
+        "--encoder-layers", type=int, metavar="N", help="layers to keep of the encoder beside a decoder"
+    )
+    command.add_argument(
         "--choose",
         choices=("even", "ends", "importance"),
         default="even",
-        help="how --layers chooses: spread with the first and last, the first and last halves, or by how much each "
-        "changes its input (default: %(default)s)",
+        help="how --layers and --encoder-layers choose: spread with the first and last, the first and last halves, or "
+        "by how much each changes its input (default: %(default)s)",
     )
     command.add_argument("--mlp", type=int, metavar="N", help="neurons of each layer's mlp to keep")
     command.add_argument("--heads", type=int, metavar="N", help="query heads to keep, as many of every group")
@@ -310,8 +315,9 @@ def _add_student(command: argparse.ArgumentParser) -> None:
         "--vocab",
         type=int,
         metavar="N",
-        help="tokens to keep, the commonest in the text. A student is distilled by a teacher of the same tokens: first "
-        "cut the teacher alone (kdjax student TEACHER SMALLER --vocab N), then students out of SMALLER",
+        help="tokens of a byte-pair tokenizer to keep, the commonest in the text. A student is distilled by a teacher "
+        "of the same tokens: first cut the teacher alone (kdjax student TEACHER SMALLER --vocab N), then students out "
+        "of SMALLER",
     )
     command.add_argument("--dense", action="store_true", help="of each layer's experts keep the most used as its mlp")
     command.add_argument(

@@ -22,11 +22,12 @@ from kdjax.config import Config
 from kdjax.data import DataConfig
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate, sums_of
-from kdjax.models import Cut, Importance, Model, ModelFile, export, open_model, parameter_count, select_layers
+from kdjax.losses import Feature, ObjectiveConfig
+from kdjax.models import Cut, Importance, Model, ModelFile, export, open_model, parameter_count
 from kdjax.models.config import DType, ModelConfig
 from kdjax.models.files import check_free
 from kdjax.models.importance import importance, statistics
-from kdjax.models.prune import densified, pick, shape, take
+from kdjax.models.prune import ENCODER, densified, pick, shape, take
 from kdjax.shapes import Batch
 from kdjax.sharding import MeshConfig, Placement, placement
 
@@ -63,25 +64,23 @@ def make_student(source: str, out: Path, cut: Cut, text: DataConfig, rows: int, 
     if rows < 1:
         raise UserError(f"rows is {rows}; wanted at least 1")
     shape(teacher, cut)
+    text = suited(text, teacher.config, rows)
     place = placement(MeshConfig())
     batch_size = place.batch_devices * -(-LEAST_ROWS // place.batch_devices)
-    text = replace(text, eval_tokens=rows * text.sequence_length)
     with tempfile.TemporaryDirectory() as scratch:
         if cut.vocab is not None:
-            log.info("counting tokens")
             teacher = cut_vocabulary(teacher, cut.vocab, text, rows * COUNTED, Path(scratch))
         loader = _loader(teacher, text, batch_size)
         batches = [batch for batch, _ in itertools.islice(loader.train(), -(-rows // batch_size))]
         dense, scores = measured(teacher, cut, place, batches, dtype)
-        keep, picks = pick(dense.config, cut, scores)
-        student = take(select_layers(dense, keep), picks)
-        figures = compared(place, teacher, student, loader.evaluation(batch_size), dtype)
+        picks = pick(dense.config, cut, scores)
+        student = take(dense, picks)
+        figures = compared(place, teacher, student, loader.evaluation(batch_size), dtype, picks.get("D"))
         export(student.config, student.tensors, out, student.tokenizer, dtype)
-    kept = {"layers": keep, **{NAMES[letter]: index.tolist() for letter, index in picks.items()}}
     report = {
         "teacher": source,
         "cut": vars(cut),
-        "kept": kept,
+        "kept": {NAMES[letter]: index.tolist() for letter, index in picks.items()},
         "importance": {name: None if score is None else _rounded(score) for name, score in vars(scores).items()},
         "models": figures,
         "held_out_sha256": loader.held_out_hash,
@@ -90,8 +89,18 @@ def make_student(source: str, out: Path, cut: Cut, text: DataConfig, rows: int, 
     return report
 
 
-NAMES = {"D": "channels", "F": "neurons", "G": "kv_heads", "H": "heads"}
+NAMES = {"L": "layers", "M": "encoder_layers", "D": "channels", "F": "neurons", "G": "kv_heads", "H": "heads"}
+NAMES |= {f"{ENCODER}{letter}": f"encoder_{NAMES[letter]}" for letter in "FGH"}
 """What student.json calls the units of a dimension."""
+
+FIGURES = ("kl", "agreement", "perplexity", "features", "tokens")
+"""What of an evaluation student.json has, where the task knows it."""
+
+WHOLE = ("classification", "seq2seq")
+"""Tasks whose examples are never cut into rows."""
+
+UNMASKED = {"masked_lm": "embedding"}
+"""Task of a model -> the one that shows it the same text with nothing hidden."""
 
 
 def _rounded(score: np.ndarray) -> Any:
@@ -104,16 +113,35 @@ def _tokenizer(file: ModelFile) -> Path:
     return file.tokenizer
 
 
+def suited(text: DataConfig, config: ModelConfig, rows: int) -> DataConfig:
+    """Return the text as a model is trained on it, in its task's rows, and so many of them held out.
+
+    Raises:
+        UserError: its rows are longer than the model's positions.
+    """
+    if text.sequence_length > config.max_positions:
+        raise UserError(
+            f"rows have {text.sequence_length} tokens; the teacher was made for {config.max_positions} positions at "
+            "most: lower --sequence-length"
+        )
+    packing = "first_fit" if config.task in WHOLE else text.packing
+    return replace(text, task=config.task, packing=packing, eval_tokens=rows * text.sequence_length)
+
+
 def _loader(file: ModelFile, text: DataConfig, batch_size: int) -> data.Data:
     tokenizer = data.load_tokenizer(_tokenizer(file))
     data.check_fits(tokenizer, file.config.vocab_size)
-    return data.build(text, tokenizer, batch_size=batch_size)
+    facts = {"start_token": file.config.start_token, "labels": file.config.labels}
+    return data.build(text, tokenizer, batch_size=batch_size, **facts)
 
 
 def cut_vocabulary(file: ModelFile, size: int, text: DataConfig, rows: int, directory: Path) -> ModelFile:
     """Return the model with the tokens that occur most in some rows of text, its tokenizer written to `directory`."""
     counts: Counter[int] = Counter()
-    for batch, _ in itertools.islice(_loader(file, text, LEAST_ROWS).train(), -(-rows // LEAST_ROWS)):
+    data.trim_tokenizer(_tokenizer(file), counts, size, directory)  # what cannot be is refused before the counting
+    log.info("counting tokens")
+    loader = _loader(file, replace(text, task=UNMASKED.get(text.task, text.task)), LEAST_ROWS)
+    for batch, _ in itertools.islice(loader.train(), -(-rows // LEAST_ROWS)):
         ids, found = np.unique(batch.student.tokens_BT[batch.student.segment_BT > 0], return_counts=True)
         counts.update(dict(zip(ids.tolist(), found.tolist(), strict=True)))
     old_ids = data.trim_tokenizer(_tokenizer(file), counts, size, directory)
@@ -141,7 +169,12 @@ def scored(file: ModelFile, place: Placement, batches: Sequence[Batch], dtype: D
 
 
 def compared(
-    place: Placement, teacher: ModelFile, student: ModelFile, batches: Sequence[Batch], dtype: DType
+    place: Placement,
+    teacher: ModelFile,
+    student: ModelFile,
+    batches: Sequence[Batch],
+    dtype: DType,
+    channels_D: np.ndarray | None = None,
 ) -> dict[str, Report]:
     """Return sizes of teacher, student and a random student of its shape, and what each is worth on held-out rows."""
     log.info("measuring teacher, student and a random student on held-out text")
@@ -150,18 +183,41 @@ def compared(
     found = {"teacher": _sizes(taught, dtype)}
     for name, file in (("student", student), ("random student", None)):
         named = _named(student.config, file, place, dtype)
-        figures = divergence(place, named, named.params(place, jax.random.key(0), dtype), taught, frozen, batches)
-        found[name] = _sizes(named, dtype) | {key: figures[key] for key in ("kl", "agreement", "perplexity", "tokens")}
-        found["teacher"] |= {"perplexity": figures["teacher_perplexity"], "tokens": figures["tokens"]}
+        params = named.params(place, jax.random.key(0), dtype)
+        figures = divergence(place, named, params, taught, frozen, batches, channels_D)
+        found[name] = _sizes(named, dtype) | {key: figures[key] for key in FIGURES if key in figures}
+        of_teacher = {"perplexity": "teacher_perplexity", "tokens": "tokens"}
+        found["teacher"] |= {key: figures[theirs] for key, theirs in of_teacher.items() if theirs in figures}
     return found
 
 
 def divergence(
-    place: Placement, student: Named, params: Any, teacher: Named, frozen: Any, batches: Sequence[Batch]
+    place: Placement,
+    student: Named,
+    params: Any,
+    teacher: Named,
+    frozen: Any,
+    batches: Sequence[Batch],
+    channels_D: np.ndarray | None = None,
 ) -> Mapping[str, float]:
-    """Return the figures of `evaluate` on some batches; what is random about the config's recipe plays no part."""
-    sums = place.compile_sums(partial(sums_of, recipe=recipe(Config(), place, student, teacher)))
-    return evaluate(lambda batch: sums({"student": params}, frozen, batch), map(place.put_batch, batches))
+    """Return the figures of `evaluate` on some batches; what is random about the config's recipe plays no part.
+
+    Encoders without a head are compared by what their last layers give, 1 − cosine, a student of fewer channels having
+    those at their places `channels_D` among the teacher's and 0 elsewhere.
+    """
+    made = recipe(replace(Config(), objective=_objective(student, teacher)), place, student, teacher)
+    width = teacher.model.config.width
+    kernels = {name: {"kernel": np.eye(width, dtype=np.float32)[channels_D]} for name in made.projections}
+    sums = place.compile_sums(partial(sums_of, recipe=made))
+    trained = {"student": params, "projections": kernels}
+    return evaluate(lambda batch: sums(trained, frozen, batch), map(place.put_batch, batches))
+
+
+def _objective(student: Named, teacher: Named) -> ObjectiveConfig:
+    if student.model.config.task != "embedding":
+        return Config().objective
+    last = (student.model.config.layers - 1, teacher.model.config.layers - 1)
+    return ObjectiveConfig(logits=False, features=(Feature("hidden_cosine", layers=(last,)),))
 
 
 def _named(config: ModelConfig, file: ModelFile | None, place: Placement, dtype: DType) -> Named:
@@ -172,6 +228,7 @@ def _sizes(named: Named, dtype: DType) -> Report:
     config = named.model.config
     parameters = parameter_count(jax.eval_shape(named.model.init, jax.random.key(0)))
     fields = ("layers", "width", "heads", "kv_heads", "mlp_width", "experts", "vocab_size")
+    fields += ("encoder_layers",) * (config.task == "seq2seq")
     return {name: getattr(config, name) for name in fields} | {
         "parameters": parameters,
         "bytes": parameters * np.dtype(jax.numpy.dtype(dtype)).itemsize,

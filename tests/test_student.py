@@ -3,12 +3,14 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from test_kinds import MODELS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdjax.cli import main
@@ -16,12 +18,24 @@ from kdjax.data import DataConfig
 from kdjax.errors import UserError
 from kdjax.models import Cut, Model, ModelConfig, export, open_model
 from kdjax.models.model_file import layer_of
-from kdjax.student import make_student
+from kdjax.models.prune import take
+from kdjax.student import NAMES, _loader, make_student, suited
 
 CONFIG = ModelConfig(
     vocab_size=300, width=16, layers=3, heads=4, kv_heads=2, head_width=8, mlp_width=32, max_positions=64
 )
 MIXTURE = ModelConfig(**vars(CONFIG) | {"family": "mixtral", "experts": 3, "layers": 2})
+KINDS = {
+    task: replace(model, vocab_size=300, layers=3, encoder_layers=3 * (task == "seq2seq"), max_positions=64)
+    for task, model in MODELS.items()
+}
+CUTS = {
+    "masked_lm": ("--layers", "2", "--choose", "importance", "--mlp", "20"),
+    "classification": ("--heads", "1", "--width", "8", "--mlp", "20"),
+    "embedding": ("--keep-layers", "0", "2", "--heads", "1", "--width", "8"),
+    "seq2seq": ("--layers", "1", "--encoder-layers", "2", "--mlp", "20", "--heads", "1", "--width", "12"),
+}
+"""Task -> what the command cuts of a model for it."""
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +47,15 @@ def home(tmp_path_factory):
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300, special_tokens=["<|endoftext|>", "<mask>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator([(directory / "text.txt").read_text()], trainer)
     backend.save(str(directory / "tokenizer.json"))
     rng = np.random.default_rng(0)
-    for name, config in (("teacher", CONFIG), ("mixture", MIXTURE)):
+    lines = rng.choice(["up", "down", "left", "right"], (200, 12))
+    rows = (json.dumps({"text": " ".join(line), "label": n % 4}) + "\n" for n, line in enumerate(lines))
+    (directory / "rows.jsonl").write_text("".join(rows))
+    for name, config in {"teacher": CONFIG, "mixture": MIXTURE, **KINDS}.items():
         shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
         params = jax.tree.map(lambda x: rng.normal(0, 0.16, x.shape).astype(np.float32), shapes)
         export(config, params, directory / name, directory / "tokenizer.json")
@@ -137,6 +154,77 @@ def test_it_is_trained_and_generates(home, smaller, monkeypatch):
     assert "KL to teacher" in out.getvalue()
 
 
+SLOW = ("masked_lm", "classification")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in CUTS])
+def kind(request, home):
+    """The task of a model, the student that the command cut out of it, the report, and what was printed."""
+    out, source = home / f"{request.param}_student", f"jsonl:{home / 'rows.jsonl'}"
+    flags = ("--sources", source, "--sequence-length", "32", "--rows", "8")
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["student", str(home / request.param), str(out), *CUTS[request.param], *flags]) == 0
+    return request.param, out, json.loads((out / "student.json").read_text()), printed.getvalue()
+
+
+def whole(file):
+    return jax.tree.map(lambda tensor: tensor.all(), file.tensors)
+
+
+def test_of_every_kind_the_student_is_what_the_report_says(home, kind):
+    task, out, report, printed = kind
+    letters = {name: letter for letter, name in NAMES.items()}
+    picks = {letters[name]: np.array(index) for name, index in report["kept"].items()}
+    cut, file = take(open_model(str(home / task)), picks), open_model(str(out))
+    assert file.config == cut.config and file.config.task == task
+    jax.tree.map(np.testing.assert_array_equal, whole(file), whole(cut))
+    assert ("encoder layers kept: " in printed) == (task == "seq2seq")
+
+
+def test_every_kind_is_measured_by_what_it_gives(home, kind):
+    task, out, report, printed = kind
+    figure, other = ("features", "kl") if task == "embedding" else ("kl", "features")
+    for model in (report["models"][name] for name in ("student", "random student")):
+        assert model[figure] > 0 and model["tokens"] > 0 and other not in model
+    assert ("KL to teacher (nats)" in printed, "1 − cosine to teacher" in printed) == (figure == "kl", figure != "kl")
+    if task == "masked_lm":  # of the tokens of 8 rows those that are hidden
+        assert report["models"]["student"]["tokens"] < 8 * 32 * 0.3
+    if task == "embedding":
+        cosine = mean_cosine(home, open_model(str(home / task)), open_model(str(out)), report["kept"]["channels"])
+        assert report["models"]["student"]["features"] == pytest.approx(1 - cosine, rel=1e-4)
+
+
+def mean_cosine(home, teacher, student, channels):
+    """The mean over held-out tokens, a student's channels being where the teacher has them."""
+    files = teacher, student
+    rows = DataConfig(sources=(f"jsonl:{home / 'rows.jsonl'}",), sequence_length=32)
+    cosines = []
+    for batch in _loader(files[0], suited(rows, files[0].config, 8), 8).evaluation(8):
+        teacher, student = (Model(file.config).apply(whole(file), batch.student).hidden_BTD for file in files)
+        wide = np.zeros_like(teacher)
+        wide[..., channels] = student
+        norms = np.linalg.norm(teacher, axis=-1) * np.linalg.norm(wide, axis=-1)
+        cosines.append(((teacher * wide).sum(-1) / norms)[batch.student.segment_BT > 0])
+    return np.concatenate(cosines).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", KINDS)
+def test_a_student_that_lacks_nothing_is_its_teacher(home, task, tmp_path):
+    rows = DataConfig(sources=(f"jsonl:{home / 'rows.jsonl'}",), sequence_length=32)
+    report = make_student(str(home / task), tmp_path / "out", Cut(layers=3), rows, 8)
+    assert report["models"]["student"]["features" if task == "embedding" else "kl"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_masked_language_model_may_have_fewer_tokens(home, tmp_path):
+    report = cut(home, tmp_path / "out", "masked_lm", vocab=270)
+    file = open_model(str(tmp_path / "out"))
+    assert (file.config.vocab_size, file.config.task) == (270, "masked_lm") and file.tokenizer is not None
+    assert "<mask>" in Tokenizer.from_file(str(file.tokenizer)).get_vocab()
+    assert report["models"]["student"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_what_cannot_be_is_refused_before_the_slow_work(home, tmp_path):
     with pytest.raises(UserError, match="not an empty directory"):
         cut(home, home / "teacher", layers=1)
@@ -144,4 +232,18 @@ def test_what_cannot_be_is_refused_before_the_slow_work(home, tmp_path):
         cut(home, tmp_path / "out", layers=9)
     with pytest.raises(UserError, match="has no tokenizer.json"):
         cut(Path(__file__).parent / "golden", tmp_path / "out", "llama_tied", layers=1)
+    with pytest.raises(UserError, match="rows have 128 tokens; the teacher was made for 64 positions at most"):
+        make_student(
+            str(home / "teacher"), tmp_path / "out", Cut(layers=1), replace(text(home), sequence_length=128), 8
+        )
+    with pytest.raises(UserError, match="has no label, which classification wants|'label' is None"):
+        cut(home, tmp_path / "out", "classification", layers=1)
+    pieces = home / "pieces"
+    config, params = open_model(str(home / "embedding")).config, whole(open_model(str(home / "embedding")))
+    words = Tokenizer(models.WordPiece({"<|endoftext|>": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.add_special_tokens(["<|endoftext|>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    export(config, params, pieces, tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="vocab cuts byte-pair tokenizers; this one is WordPiece: leave --vocab out"):
+        cut(home, tmp_path / "out", "pieces", vocab=270)
     assert not (tmp_path / "out").exists()

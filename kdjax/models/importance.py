@@ -16,6 +16,7 @@ import numpy as np
 
 from kdjax.models.blocks import Layer
 from kdjax.models.layers import Linear, Norm
+from kdjax.models.paths import parameter_paths
 from kdjax.models.transformer import STATISTICS, Model
 from kdjax.shapes import Array, View
 
@@ -34,6 +35,9 @@ class Importance:
         neuron_LF: a is the absolute value that a neuron hands to `down`; None where mlps are experts.
         channel_D: a is the absolute value of a norm's output; the sum of the scores at all norms over the width.
         expert_LE: the share of all tokens' probability that the router gives an expert; None without experts.
+        encoder_layer_M: as layer_L, of the encoder beside a decoder, on its tokens; None without one, as are these:
+        encoder_head_MH: as head_LH; a decoder's head scores the sum of what it does in both its attentions.
+        encoder_neuron_MF: as neuron_LF.
     """
 
     layer_L: np.ndarray
@@ -41,20 +45,30 @@ class Importance:
     neuron_LF: np.ndarray | None
     channel_D: np.ndarray
     expert_LE: np.ndarray | None
+    encoder_layer_M: np.ndarray | None = None
+    encoder_head_MH: np.ndarray | None = None
+    encoder_neuron_MF: np.ndarray | None = None
 
 
 def statistics(model: Model, params: dict, view: View) -> dict[str, Any]:
     """Return sums over the rows of a batch, for `importance`: a tree that adds up over batches."""
-    real_BT = jnp.asarray(view.segment_BT > 0, jnp.float32)
+    views = {"tokens": view} if view.encoder is None else {"tokens": view, "encoder_tokens": view.encoder}
+    real = {name: jnp.asarray(seen.segment_BT > 0, jnp.float32) for name, seen in views.items()}
 
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and (found := _seen(module, args, result, real_BT)) is not None:
-            module.put_variable(STATISTICS, "sum", found)
+        if context.method_name == "__call__":
+            real_BT = real["encoder_tokens" if module.path[:1] == ("encoder",) else "tokens"]
+            if (found := _seen(module, args, result, real_BT)) is not None:
+                module.put_variable(STATISTICS, "sum", found)
         return result
 
-    return {"tokens": jnp.sum(real_BT), **model.watched(params, view, watch)}
+    found = model.watched(params, view, watch)
+    if model.config.unnormed:  # what the norm would give there is computed, and read by nobody
+        unread = jnp.array(model.config.unnormed)
+        found["layers"]["attention_norm"]["sum"] = found["layers"]["attention_norm"]["sum"].at[unread].set(0)
+    return {**{name: jnp.sum(real_BT) for name, real_BT in real.items()}, **found}
 
 
 def _seen(module: nn.Module, args: tuple[Any, ...], result: Any, real_BT: Array) -> Array | None:
@@ -89,15 +103,20 @@ def importance(sums: Iterable[Mapping[str, Any]]) -> Importance:
     """Return the scores from the `statistics` of some batches."""
     total = jax.tree.map(lambda *parts: np.sum([np.asarray(part, np.float64) for part in parts], axis=0), *sums)
     layers, tokens = total["layers"], total["tokens"]
-    norms = [tree["sum"] for tree in (total["final_norm"], *_norms(layers))]
+    encoder = (None, None, None)
+    if "encoder" in total:
+        encoder = _of_stack(total["encoder"]["layers"], total["encoder_tokens"])
+    norms = [found for path, found in parameter_paths(total).items() if path.endswith("_norm/sum")]
     return Importance(
-        layer_L=layers["sum"] / tokens,
-        head_LH=np.sqrt(layers["attention"]["out"]["sum"]),
-        neuron_LF=np.sqrt(layers["mlp"]["down"]["sum"]) if "mlp" in layers else None,
-        channel_D=sum((np.sqrt(found).reshape(-1, found.shape[-1]).sum(axis=0) for found in norms), np.zeros(())),
-        expert_LE=layers["router"]["sum"] / tokens if "router" in layers else None,
+        *_of_stack(layers, tokens),
+        sum((np.sqrt(found).reshape(-1, found.shape[-1]).sum(axis=0) for found in norms), np.zeros(())),
+        layers["router"]["sum"] / tokens if "router" in layers else None,
+        *encoder,
     )
 
 
-def _norms(layers: Mapping[str, Any]) -> list[Any]:
-    return [tree for name, tree in layers.items() if name.endswith("_norm")]
+def _of_stack(layers: Mapping[str, Any], tokens: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return the scores of a stack's layers [L], heads [L, H] and neurons [L, F], the last None of experts."""
+    heads = [np.sqrt(layers[name]["out"]["sum"]) for name in ("attention", "cross") if name in layers]
+    neurons = np.sqrt(layers["mlp"]["down"]["sum"]) if "mlp" in layers else None
+    return layers["sum"] / tokens, sum(heads), neurons

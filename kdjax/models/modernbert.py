@@ -57,7 +57,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         causal=False,
         activation=read_activation(hf, "hidden_activation", "gelu"),
         rope=rope,
-        local_rope=local_rope if windows else None,
+        local_rope=local_rope,
         windows=windows,
         qkv_bias=bias,
         out_bias=bias,

@@ -1,5 +1,7 @@
 """Each score against its equation, over a forward pass written out in float64 numpy."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,14 @@ from kdjax.shapes import View
 CONFIG = ModelConfig(vocab_size=50, width=12, layers=3, heads=4, kv_heads=2, head_width=4, mlp_width=10)
 CONFIG = ModelConfig(**vars(CONFIG) | {"unrotated": (0, 1, 2)})
 EXPERTS = ModelConfig(**vars(CONFIG) | {"experts": 3, "layers": 1, "unrotated": (0,)})
+ENCODER = ModelConfig(
+    vocab_size=50, width=12, layers=3, heads=4, kv_heads=4, head_width=4, mlp_width=10, norm="layer", norms="sum",
+    embedding_norm=True, causal=False, activation="relu", gated_mlp=False, positions="learned",
+)  # fmt: skip
+BOTH = ModelConfig(
+    vocab_size=50, width=12, layers=2, encoder_layers=3, heads=4, kv_heads=4, head_width=4, mlp_width=10,
+    activation="relu", gated_mlp=False, positions="relative", attention_scale=1.0,
+)  # fmt: skip
 STATISTICS = jax.jit(statistics, static_argnums=0)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [0, 0, 1, 1, 1, 0, 0]])
 
@@ -94,6 +104,122 @@ def test_scores_are_those_of_their_equations():
     assert len(of("norm")) == 7
     np.testing.assert_allclose(got.channel_D, sum(by_rows(found) for found in of("norm")), rtol=1e-4)
     assert got.expert_LE is None and np.all(got.layer_L > 0.01)
+
+
+def plain_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return rms(x, p["scale"]) + p["bias"]
+
+
+def attended(p, x_BTD, y_BSD, sees_BTS, scale):
+    """Return what heads that read x say of y, [B, T, H, K]."""
+    q, k, v = (
+        np.einsum("btd,dhk->bthk", a, p[name]["kernel"]) for name, a in zip("qkv", (x_BTD, y_BSD, y_BSD), strict=True)
+    )
+    scores = np.where(sees_BTS[:, None], np.einsum("bthk,bshk->bhts", q, k) * scale, -np.inf)
+    with np.errstate(invalid="ignore"):
+        weights = np.nan_to_num(np.exp(scores - scores.max(-1, keepdims=True)))
+    return np.einsum("bhts,bshk->bthk", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30), v)
+
+
+def stack(config, p, x_BTD, segment_BT, causal, other=None):
+    """Return what a stack of layers makes of x, and (what, activations) of all that is measured in it."""
+    found, scale, is_sum = [], config.attention_scale or config.head_width**-0.5, config.norms == "sum"
+
+    def sees(others_BS):
+        return segment_BT[:, :, None] == others_BS[:, None]
+
+    def branch(own, name, x, f):
+        if is_sum:
+            x = plain_norm(x + f(x), own[f"{name}_sum_norm"])
+            found.append(("norm", np.abs(x)))
+            return x
+        normed = rms(x, own[f"{name}_norm"]["scale"])
+        found.append(("norm", np.abs(normed)))
+        return x + f(normed)
+
+    def attention(own, kind, y=None, sees_BTS=None):
+        def f(x):
+            said = attended(own, x, x if y is None else y, sees_BTS, scale)
+            found.append((kind, np.linalg.norm(said, axis=-1)))
+            return np.einsum("bthk,hkd->btd", said, own["out"]["kernel"])
+
+        return f
+
+    def mlp(own):
+        def f(x):
+            inner = np.maximum(x @ own["up"]["kernel"], 0)
+            found.append(("neuron", np.abs(inner)))
+            return inner @ own["down"]["kernel"]
+
+        return f
+
+    for layer in range(len(p["layers"]["mlp"]["up"]["kernel"])):
+        own, first = jax.tree.map(lambda a, i=layer: a[i], p["layers"]), x_BTD
+        mask = sees(segment_BT) & (np.tri(segment_BT.shape[1], dtype=bool) | (not causal))
+        x_BTD = branch(own, "attention", x_BTD, attention(own["attention"], "head", None, mask))
+        if other is not None:
+            x_BTD = branch(own, "cross", x_BTD, attention(own["cross"], "cross", other[0], sees(other[1])))
+        x_BTD = branch(own, "mlp", x_BTD, mlp(own["mlp"]))
+        norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(x_BTD, axis=-1)
+        found.append(("layer", 1 - (first * x_BTD).sum(-1) / norms))
+    if not is_sum:
+        x_BTD = rms(x_BTD, p["final_norm"]["scale"])
+        found.append(("norm", np.abs(x_BTD)))
+    return x_BTD, found
+
+
+def check(got, found, segment_BT, names):
+    """Compare a stack's scores with what was found in it; return those of its norms."""
+    of = lambda kind: [  # noqa: E731
+        [row[real] for row, real in zip(value, segment_BT > 0, strict=True)] for name, value in found if name == kind
+    ]
+    layer, head, neuron = (getattr(got, name) for name in names)
+    heads = [by_rows(rows) for rows in of("head")]
+    heads = [own + by_rows(rows) for own, rows in zip(heads, of("cross"), strict=True)] if of("cross") else heads
+    np.testing.assert_allclose(layer, [np.concatenate(rows).mean() for rows in of("layer")], rtol=1e-4)
+    np.testing.assert_allclose(head, heads, rtol=1e-4)
+    np.testing.assert_allclose(neuron, [by_rows(rows) for rows in of("neuron")], rtol=1e-4)
+    return sum(by_rows(rows) for rows in of("norm"))
+
+
+DECODER_SCORES = ("layer_L", "head_LH", "neuron_LF")
+ENCODER_SCORES = ("encoder_layer_M", "encoder_head_MH", "encoder_neuron_MF")
+
+
+def test_scores_where_sums_are_normalised():
+    params, seen = parameters(ENCODER), view(SEGMENTS, 0)
+    got, p = measured(ENCODER, params, [seen]), jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    embedded = p["embed"]["embedding"][seen.tokens_BT] + p["positions"]["embedding"][seen.position_BT]
+    embedded = plain_norm(embedded, p["embed_norm"])
+    _, found = stack(ENCODER, p, embedded, SEGMENTS, causal=False)
+    channels = check(got, [*found, ("norm", np.abs(embedded))], SEGMENTS, DECODER_SCORES)
+    np.testing.assert_allclose(got.channel_D, channels, rtol=1e-4)
+    assert got.encoder_layer_M is None and got.expert_LE is None
+
+
+def test_scores_of_both_stacks():
+    params, (read, said) = parameters(BOTH), (view(SEGMENTS, 0), view(SEGMENTS[:, :5], 1))
+    for tree in (params, params["encoder"]):
+        tree["relative"]["embedding"][:] = 0
+    got = measured(BOTH, params, [replace(said, encoder=read)])
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    embed = lambda seen: p["embed"]["embedding"][seen.tokens_BT]  # noqa: E731
+    encoded, of_encoder = stack(BOTH, p["encoder"], embed(read), read.segment_BT, causal=False)
+    _, of_decoder = stack(BOTH, p, embed(said), said.segment_BT, True, (encoded, read.segment_BT))
+    channels = check(got, of_encoder, read.segment_BT, ENCODER_SCORES)
+    channels = channels + check(got, of_decoder, said.segment_BT, DECODER_SCORES)
+    np.testing.assert_allclose(got.channel_D, channels, rtol=1e-4)
+
+
+def test_a_norm_that_nobody_reads_plays_no_part():
+    params, seen = parameters(CONFIG), view(SEGMENTS, 0)
+    unread = replace(CONFIG, unnormed=(0,))
+    other = jax.tree.map(np.copy, params)
+    other["layers"]["attention_norm"]["scale"][0] *= 3
+    scores = [measured(unread, tree, [seen]).channel_D for tree in (params, other)]
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+    assert not np.allclose(scores[0], measured(CONFIG, params, [seen]).channel_D, rtol=1e-2)
 
 
 def test_the_share_of_experts_is_the_routers_mean_probability():
