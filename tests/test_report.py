@@ -348,3 +348,14 @@ def test_words_come_of_any_json_whatever(tmp_path_factory, config, summary):
     assert words.differences([config, config]) == []
     for _, cells in words.compared([run, run]):
         assert len(cells) == 2 and not any(cell.is_best for cell in cells)
+
+
+def test_a_report_says_what_was_trained_and_what_quantising_costs(tmp_path):
+    student = {"source": "teacher", "lora": {"rank": 8}, "trained": ["final_norm", "layers/mlp"]}
+    teacher = {"source": "smollm2-135m-instruct", "quantize": "int4"}
+    config, summary = CONFIG | {"student": student, "teacher": teacher}, SUMMARY | {"kl_quantized": 0.0123}
+    run = make_run(tmp_path / "run", config, summary | {"bytes_teacher": 90_027_264})
+    page = Page(write_report([run], tmp_path / "page.html"))
+    for said in ("smollm2-135m-instruct in int4 → a copy of itself", "LoRA of rank 8", "final_norm, layers/mlp"):
+        assert said in page.text
+    assert "0.012" in page.text and "90.0 M bytes" in page.text

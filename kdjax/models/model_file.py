@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class ModelFile:
 
     def sha256(self) -> str:
         """Return a hash of the architecture and of all weights as float32: the same for every format on disk."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # all weights are read for it, so once
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for path, tensor in jax.tree_util.tree_leaves_with_path(self.tensors):
             digest.update(f"{jax.tree_util.keystr(path)} {tensor.shape}".encode())

@@ -120,7 +120,9 @@ def what(config: Json) -> str:
         made = f"a new {shape.get('family')} of {shape.get('layers')} layers and width {shape.get('width')}"
     else:
         made = f"{kept} layers of {source}" if kept else source
-    return f"{teacher.get('source')} → {made}" if teacher else f"{made}, pre-trained"
+    kind = teacher.get("quantize", "none")
+    taught = f"{teacher.get('source')}{'' if kind == 'none' else f' in {kind}'}"
+    return f"{taught} → {made}" if teacher else f"{made}, pre-trained"
 
 
 def how(config: Json) -> list[str]:
@@ -132,6 +134,9 @@ def how(config: Json) -> list[str]:
         "temperature": objective.get("temperature"),
     }
     words = words if config.get("teacher") and objective else {}
+    student = mapping(config.get("student"))
+    words |= {"LoRA of rank": mapping(student.get("lora")).get("rank") or None}
+    words |= {"trained alone:": ", ".join(texts(student.get("trained"))) or None}
     words |= {"optimiser": optimiser.get("name"), "learning rate": optimiser.get("learning_rate")}
     words |= {"steps": config.get("steps"), "rows a batch": config.get("batch_size"), "seed": config.get("seed")}
     return [f"{name} {value}" for name, value in words.items() if value is not None]
@@ -156,6 +161,11 @@ def headlines(summary: Json) -> list[tuple[str, str, str]]:
             "Speed",
             _pair(summary, "tokens_per_second", WHO, count),
             "tokens/s" + _share(summary, "tokens_per_second", ", "),
+        ),
+        (
+            "Quantising the teacher",
+            small(summary.get("kl_quantized")),
+            f"nats of KL from it whole; {count(summary.get('bytes_teacher'))} bytes",
         ),
         (
             "Time",
