@@ -82,13 +82,13 @@ def _slashes(path: str) -> list[int]:
 
 def _kernels(lora: Lora, tree: Tree) -> dict[str, Any]:
     """Return the leaves of kernels that get an adapter, by the path of their branch; experts' get none."""
-    paths = {path: leaf for path, leaf in parameter_paths(tree).items() if lora.rank and "/experts/" not in path}
-    kernels = {f"{path}/kernel" for path in map(_branch, paths) if path.rpartition("/")[2] in lora.targets}
-    return {_branch(path): leaf for path, leaf in paths.items() if path in kernels}
-
-
-def _branch(path: str) -> str:
-    return path.rpartition("/")[0]
+    found = {}
+    for path, leaf in parameter_paths(tree).items():
+        branch, _, name = path.rpartition("/")
+        is_target = branch.rpartition("/")[2] in lora.targets and "/experts/" not in path
+        if lora.rank and name == "kernel" and is_target:
+            found[branch] = leaf
+    return found
 
 
 def init_adapters(lora: Lora, params: Tree, key: Array) -> Tree:
