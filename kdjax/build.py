@@ -139,6 +139,10 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
                 f"the {who} is made for {made_for} but the data is to be that of {task}; wanted models of one kind, "
                 "and data.task auto or that kind"
             )
+    if config.data.has_views and task != "causal_lm":
+        raise UserError(f"data's views are for causal_lm, but the student is made for {task}; leave them out")
+    if config.data.teacher_view and teacher is None:
+        raise UserError("data.teacher_view is set, but the config has no teacher; name one, or set data.student_view")
     if task == "embedding" and config.objective.logits:
         raise UserError(
             "an encoder without a head has no logits; set objective.logits to False, and name what to compare of its "
@@ -150,11 +154,16 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
 
 
 def _check_length(config: Config, student: Named, teacher: Named | None) -> None:
-    length = config.data.sequence_length
-    for who, named in (("student", student), ("teacher", teacher)):
+    own = config.data.teacher_length if config.data.teacher_view else 0
+    lengths = {
+        "student": (student, "sequence_length"),
+        "teacher": (teacher, "teacher_length" if own else "sequence_length"),
+    }
+    for who, (named, setting) in lengths.items():
+        length = getattr(config.data, setting)
         if named is not None and length > named.model.config.max_positions:
             raise UserError(
-                f"data.sequence_length is {length} but the {who} was made for {named.model.config.max_positions} "
+                f"data.{setting} is {length} but the {who} was made for {named.model.config.max_positions} "
                 "positions at most; lower it"
             )
 

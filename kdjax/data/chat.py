@@ -64,19 +64,28 @@ def render_chat(template: str, messages: Messages, *, add_generation_prompt: boo
     Raises:
         UserError: the template is no valid jinja, raises, or writes too much.
     """
+    values = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+    try:
+        return render(template, values | tokens)
+    except UserError as error:
+        raise UserError(f"the chat template {error}; give another one with data.chat_template") from None
+
+
+def render(template: str, values: Mapping[str, Any], *, strict: bool = False) -> str:
+    """Return what a template writes; a `strict` one may only name values that there are.
+
+    Raises:
+        UserError: ``fails: …``: the template is no valid jinja, raises, or writes too much.
+    """
     written, size = [], 0
     try:
-        for part in _compiled(template).generate(
-            messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **tokens
-        ):
+        for part in _compiled(template, strict).generate(values):
             size += len(part)
             if size > MAX_OUTPUT:
                 raise _too_much()
             written.append(part)
     except Exception as error:  # a stranger's template may raise anything
-        raise UserError(
-            f"the chat template fails: {str(error).rstrip('.')}; give another one with data.chat_template"
-        ) from None
+        raise UserError(f"fails: {str(error).rstrip('.')}") from None
     return "".join(written)
 
 
@@ -119,10 +128,12 @@ def _raise(message: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str, strict: bool) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE:
         raise jinja2.TemplateError(f"it has {len(template):,} characters, at most {MAX_TEMPLATE:,} are read")
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
+    undefined = jinja2.StrictUndefined if strict else jinja2.Undefined
+    extensions = [LoopControlExtension, _Generation]
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions, undefined=undefined)
     environment.globals["raise_exception"] = _raise
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment.from_string(template)

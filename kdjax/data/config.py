@@ -15,6 +15,7 @@ Task = Literal["auto", "causal_lm", "masked_lm", "classification", "seq2seq", "e
 _LIMITS = {
     "sequence_length": (2, math.inf),
     "target_length": (0, math.inf),
+    "teacher_length": (0, math.inf),
     "mask_fraction": (0.001, 0.999),
     "eval_fraction": (0.0, 0.999),
     "eval_tokens": (1, math.inf),
@@ -43,6 +44,12 @@ class DataConfig:
     """masked_lm: the share of the tokens that is to be found."""
     sequence_length: int = 256
     """Tokens of a row; beside an encoder, of the encoder's."""
+    student_view: str = ""
+    """What the student sees before an answer: a jinja template, or @FILE with one; empty is the row's prompt."""
+    teacher_view: str = ""
+    """What the teacher sees before it; empty is what the student sees."""
+    teacher_length: int = 0
+    """Tokens of a row of the teacher's view; 0 is as many as the student's."""
     target_length: int = 0
     """seq2seq: tokens of a decoder's row; 0 is as many as the encoder's."""
     packing: Packing = "concat"
@@ -76,10 +83,17 @@ class DataConfig:
     """Most pieces that the data is dealt into; a run may use as many processes, and change their number."""
 
     @property
+    def has_views(self) -> bool:
+        """Prompts are written by templates."""
+        return bool(self.student_view or self.teacher_view)
+
+    @property
     def lengths(self) -> dict[str, int]:
         """The length of each part of a row."""
         if self.task == "causal_lm" or self.task == "auto":
-            return dict.fromkeys(("tokens", "weight"), self.sequence_length)
+            names = ("teacher_tokens", "teacher_weight") if self.teacher_view else ()
+            own = {name: self.teacher_length or self.sequence_length for name in names}
+            return own | dict.fromkeys(("tokens", "weight"), self.sequence_length)
         if self.task != "seq2seq":
             return dict.fromkeys(("tokens", "weight", "targets"), self.sequence_length)
         own = dict.fromkeys(("tokens", "weight", "targets"), self.target_length or self.sequence_length)
@@ -98,6 +112,11 @@ class DataConfig:
         if self.task in ("classification", "seq2seq") and self.packing != "first_fit":
             raise UserError(
                 f"packing {self.packing!r} would cut the examples of {self.task}; set data.packing to first_fit"
+            )
+        if self.has_views and (self.packing != "first_fit" or self.task not in ("auto", "causal_lm")):
+            raise UserError(
+                f"views are of prompts with answers, for causal_lm in rows of first_fit; data.task is {self.task!r} "
+                f"and data.packing {self.packing!r}: set data.packing to first_fit, or leave out the views"
             )
         if not self.sources:
             raise UserError("data.sources is empty; name at least one, python_docs for example")

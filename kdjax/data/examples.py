@@ -7,7 +7,7 @@ where it doubles as padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +20,13 @@ from kdjax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its kind, its parts as (role, text) in order, and the class of a text that has one."""
+    """One row: its kind, its parts as (role, text) in order, the class of a text that has one, and what else it has."""
 
     kind: Literal["text", "answer", "messages"]
     parts: tuple[tuple[str, str], ...]
     label: int | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Of a prompt with its answer: all columns but the answer's."""
 
     @property
     def document(self) -> str:
@@ -49,7 +51,8 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
         parts = tuple((role, _text(record[name], f"{where}, field {name!r}")) for role, name in names.items())
         if not parts[1][1].strip() and parts[0][1].strip():
             raise UserError(f"{where}: field {config.answer_field!r} is empty, so there is nothing to learn")
-        return Example("answer", parts)
+        columns = {name: _plain(record[name]) for name in has if name != config.answer_field}
+        return Example("answer", parts, columns=columns)
     if config.text_field in has:
         text = _text(record[config.text_field], f"{where}, field {config.text_field!r}")
         label = _label(record, config.label_field, where) if config.task == "classification" else None
@@ -61,6 +64,10 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
         f"{where} has no field {wanted}{did_you_mean(config.text_field, has or ['none'])}; "
         "name the column with data.text_field"
     )
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _text(value: Any, where: str) -> str:

@@ -18,7 +18,7 @@ from kdjax.shapes import Batch, View
 
 Row = Mapping[str, np.ndarray]
 """`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length;
-maybe `targets`; and the first three of an encoder's `inputs`."""
+maybe `targets`; and the first three of an encoder's `inputs`, all four of a teacher's own view, `teacher_tokens`."""
 
 _BINS = 16
 """Rows that first-fit fills at a time: more waste less, and read further ahead."""
@@ -70,20 +70,39 @@ def to_batch(rows: Sequence[Row]) -> Batch:
         targets_BT = np.stack([row["targets"] for row in rows]).astype(np.int32)
         weight_BT = np.where(view.segment_BT > 0, weight_BT, np.float32(0))
     else:
-        targets_BT, segment_BT = _next(view.tokens_BT), view.segment_BT
-        follows_BT = (segment_BT > 0) & (segment_BT == _next(segment_BT))
-        weight_BT = np.where(follows_BT, _next(weight_BT), np.float32(0))
-    rows_BR = np.argsort(weight_BT == 0, axis=1, kind="stable").astype(np.int32)
+        targets_BT, weight_BT = _next(view.tokens_BT), _of_next(view, weight_BT)
+    rows_BR = _weighed_first(weight_BT)
     weight_BR = np.take_along_axis(weight_BT, rows_BR, axis=1)
     targets_BR = np.take_along_axis(targets_BT, rows_BR, axis=1)
     counts_BR = weight_BR != 0
-    return Batch(
+    batch = Batch(
         student=dataclasses.replace(view, encoder=_view(rows, "inputs")) if "inputs" in rows[0] else view,
         student_rows_BR=np.where(counts_BR, rows_BR, 0).astype(np.int32),
         targets_BR=np.where(counts_BR, targets_BR, 0).astype(np.int32),
         ce_weight_BR=weight_BR,
         kd_weight_BR=weight_BR,
     )
+    return _with_teacher(batch, rows, counts_BR) if "teacher_tokens" in rows[0] else batch
+
+
+def _with_teacher(batch: Batch, rows: Sequence[Row], counts_BR: np.ndarray) -> Batch:
+    """Return the batch with the teacher's own view, where as many tokens of each example weigh, in the same order."""
+    view = _view(rows, "teacher_tokens")
+    weight_BT = _of_next(view, np.stack([row["teacher_weight"] for row in rows]).astype(np.float32))
+    most = counts_BR.shape[1]
+    rows_BR = np.pad(_weighed_first(weight_BT)[:, :most], ((0, 0), (0, max(0, most - weight_BT.shape[1]))))
+    return dataclasses.replace(batch, teacher=view, teacher_rows_BR=np.where(counts_BR, rows_BR, 0).astype(np.int32))
+
+
+def _of_next(view: View, weight_BT: np.ndarray) -> np.ndarray:
+    """Return at each position the weight of the token that follows, if it is of the same segment."""
+    follows_BT = (view.segment_BT > 0) & (view.segment_BT == _next(view.segment_BT))
+    return np.where(follows_BT, _next(weight_BT), np.float32(0))
+
+
+def _weighed_first(weight_BT: np.ndarray) -> np.ndarray:
+    """Return all positions, those first that weigh something."""
+    return np.argsort(weight_BT == 0, axis=1, kind="stable").astype(np.int32)
 
 
 def _view(rows: Sequence[Row], name: str) -> View:

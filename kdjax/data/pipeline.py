@@ -28,6 +28,7 @@ from kdjax.data.shards import Layout, lay_out, local_rows
 from kdjax.data.sources import Source, open_source
 from kdjax.data.tasks import TASKS, Facts
 from kdjax.data.tokenizers import Tokenizer
+from kdjax.data.views import load_views
 from kdjax.errors import UserError
 from kdjax.shapes import Batch
 
@@ -172,6 +173,7 @@ def build(
         targets=config.lengths["tokens"],
         start_token=start_token,
         labels=labels,
+        views=load_views(config),
     )
     sources = [open_source(name) for name in config.sources]
     split = split_documents(sources, config)
@@ -190,7 +192,8 @@ def build(
         **{name: getattr(config, name) for name in ("mask_fraction", "target_length")},
         **{"weights": list(config.weights), "batch_size": batch_size, "shards": layout.shards},
         **{"train_documents": documents, "documents": split.sha256[:16]},
-        "tokenizer": hashlib.sha256((tokenizer.sha256 + tokenizer.chat_template).encode()).hexdigest()[:16],
+        "views": None if facts.views is None else _digest(repr(facts.views)),
+        "tokenizer": _digest(tokenizer.sha256 + tokenizer.chat_template),
     }
     return Data(
         layout=layout,
@@ -263,9 +266,11 @@ def _encoder(sources: Sequence[Source], config: DataConfig, facts: Facts, docume
 
 def _check_lengths(encoded: Mapping[str, np.ndarray], config: DataConfig) -> None:
     """Check that an example that may not be cut fits into a row."""
-    for name in ("inputs", "tokens"):
+    settings = {"tokens": "target_length", "teacher_tokens": "teacher_length"}
+    for name in ("inputs", "tokens", "teacher_tokens"):
         length = config.lengths.get(name, 0)
-        setting = "target_length" if name == "tokens" and config.target_length else "sequence_length"
+        own = settings.get(name, "sequence_length")
+        setting = own if getattr(config, own) else "sequence_length"
         if name in encoded and len(encoded[name]) > length:
             raise UserError(
                 f"it has {len(encoded[name])} tokens, more than data.{setting} {length}; raise that, or shorten the row"
@@ -288,10 +293,14 @@ def _seed(seed: int, stream: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest(), "big")
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        for name in ("tokens", "tokens_segment_ids", "weight", "targets", "inputs"):
+        for name in ("tokens", "tokens_segment_ids", "weight", "targets", "inputs", "teacher_tokens"):
             if name not in row:
                 continue
             digest.update(np.ascontiguousarray(row[name], "<f4" if name == "weight" else "<i4").tobytes())

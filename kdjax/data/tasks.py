@@ -13,6 +13,7 @@ import numpy as np
 
 from kdjax.data.examples import Example, encode_example
 from kdjax.data.tokenizers import Tokenizer
+from kdjax.data.views import Views, encode_views
 from kdjax.errors import UserError
 
 Encoded = dict[str, np.ndarray]
@@ -30,6 +31,7 @@ class Facts:
         targets: tokens that a decoder beside it takes.
         start_token: the token that a decoder beside an encoder begins with.
         labels: how many classes there are.
+        views: what is seen before an answer, where templates say so.
     """
 
     tokenizer: Tokenizer
@@ -38,11 +40,14 @@ class Facts:
     targets: int = 512
     start_token: int = 0
     labels: int = 0
+    views: Views | None = None
 
 
 def causal_lm(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
-    """Return the tokens, each weighing what predicting it weighs."""
+    """Return the tokens, each weighing what predicting it weighs; of two views, where there are some."""
     del random
+    if facts.views is not None:
+        return encode_views(example, facts.tokenizer, facts.views)
     return encode_example(example, facts.tokenizer)
 
 

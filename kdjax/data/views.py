@@ -1,0 +1,98 @@
+"""What teacher and student see before one and the same answer: templates of a row's columns (context distillation).
+
+A template writes all that stands before the answer. `chat(messages)` in it writes these as the tokenizer's own chat
+template does, up to where the assistant speaks. Paper: Snell et al. 2022, arXiv:2209.15189.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdjax.data.chat import render
+from kdjax.data.config import DataConfig
+from kdjax.data.examples import Example
+from kdjax.data.tokenizers import Tokenizer
+from kdjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two templates; an empty one of the student is the row's prompt, of the teacher what the student sees."""
+
+    student: str = ""
+    teacher: str = ""
+
+
+def load_views(config: DataConfig) -> Views | None:
+    """Return the templates of a config, read where they name a file; None where it has none.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    if not config.has_views:
+        return None
+    return Views(*(_template(name, getattr(config, name)) for name in ("student_view", "teacher_view")))
+
+
+def _template(name: str, text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).expanduser().read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"data.{name} {text[1:]} cannot be read: {error}") from None
+
+
+def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[str, np.ndarray]:
+    """Return `tokens` and `weight` of the student's view, and of the teacher's if it has its own; answers weigh 1.
+
+    Raises:
+        UserError: no prompt with an answer, a template that fails, or an answer that is other tokens in the two views.
+    """
+    if example.kind != "answer":
+        raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
+    prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer)
+    encoded = _weighed("", prompt, answer)
+    if not views.teacher:
+        return encoded
+    other, same = _seen("teacher", views.teacher, example, tokenizer)
+    if answer != same:
+        raise UserError(
+            f"its answer is other tokens in the teacher's view ({len(same)}) than in the student's ({len(answer)}), so "
+            "they cannot be compared one by one; use chat() in both views or in neither"
+        )
+    return encoded | _weighed("teacher_", other, same)
+
+
+def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, np.ndarray]:
+    weight = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)])
+    return {f"{prefix}tokens": np.array([*prompt, *answer], np.int32), f"{prefix}weight": weight}
+
+
+def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
+    spoken: list[str] = []
+
+    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
+        turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
+        before = tokenizer.render(turns, add_generation_prompt=True)
+        whole = tokenizer.render([*turns, {"role": "assistant", "content": answer}])
+        if not whole.startswith(before):
+            raise UserError("the chat template writes a prompt differently once it is answered")
+        spoken.append(whole[len(before) :].rstrip())  # the line break after a turn is the template's, not the model's
+        return before
+
+    (_, prompt), (_, answer) = example.parts
+    try:
+        text = render(template, {**example.columns, "prompt": prompt, "chat": chat}, strict=True)
+    except UserError as error:
+        raise UserError(f"the {whose}'s view {error}; mend data.{whose}_view") from None
+    ids = tokenizer.encode(text) if spoken else tokenizer.encode_prompt(text)
+    if not ids:
+        raise UserError(f"the {whose}'s view is empty, so nothing predicts the answer's first token; write something")
+    return ids, tokenizer.encode(spoken[-1]) if spoken else [*tokenizer.encode(answer), tokenizer.eos_id]
