@@ -43,7 +43,7 @@ def made(config, directory, tmp_path):
         "teacher_length": LONGEST,
     }
     own = replace(made.data, sources=(f"jsonl:{tmp_path / 'rows.jsonl'}",), packing="first_fit", **views)
-    return replace(made, data=replace(own, eval_fraction=0.2, eval_tokens=128), prompt="", steps=20, eval_every=0)
+    return replace(made, data=replace(own, eval_fraction=0.2, eval_tokens=256), prompt="", steps=20, eval_every=0)
 
 
 def log_probs(model, params, ids):
@@ -77,6 +77,7 @@ def test_the_divergence_is_that_of_each_answer_alone_behind_each_prompt(made):
     assert sum(float(s["kd"]) for s in sums) == pytest.approx(total, rel=1e-4) and total > 0
 
 
+@pytest.mark.slow
 def test_a_student_takes_up_what_the_prompt_does(made, home):
     made = replace(made, objective=replace(made.objective, alpha=0.0), optim=replace(made.optim, learning_rate=1e-2))
     summary = train(made, home / "context")
