@@ -14,7 +14,7 @@ from kdjax.environment import describe
 from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.models import Model, byte_count, parameter_count
-from kdjax.shapes import View
+from kdjax.shapes import Batch, View
 from kdjax.step import TrainState, student_params
 from kdjax.student import divergence
 
@@ -47,8 +47,17 @@ def quantizing(job: Job, frozen: Any) -> Summary:
         return {}
     whole = replace(teacher, spec=replace(teacher.spec, quantize="none"))
     kept = {"teacher": whole.params(job.place, job.keys[1], whole.model.dtype)}
-    figures = divergence(job.place, teacher, frozen["teacher"], whole, kept, batches)
+    figures = divergence(job.place, teacher, frozen["teacher"], whole, kept, [_of_teacher(batch) for batch in batches])
     return {f"{name}_quantized": figures[name] for name in ("kl", "agreement")}
+
+
+def _of_teacher(batch: Batch) -> Batch:
+    """Return the batch as the teacher sees it."""
+    if batch.teacher is None:
+        return batch
+    return replace(
+        batch, student=batch.teacher, student_rows_BR=batch.teacher_rows_BR, teacher=None, teacher_rows_BR=None
+    )
 
 
 def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequence[Mapping[str, Any]]) -> Summary:

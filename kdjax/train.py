@@ -139,6 +139,7 @@ def _restore_or_start(job: Job, directory: Path, checkpoints: Checkpoints, began
     if jax.process_index() == 0:
         write_json(directory / "config.json", asdict(job.config))
         write_json(directory / "model.json", asdict(job.student.model.config))
+        (directory / BASE).unlink(missing_ok=True)  # of a run that saved nothing, and was of another config
         if (base := job.student.base_record()) is not None:
             write_json(directory / BASE, base)
         job.tokenizer.save(directory)

@@ -17,6 +17,7 @@ from kdjax.data.tokenizers import byte_tokenizer
 from kdjax.models import Model, ModelSpec, open_model
 from kdjax.models.config import Lora
 from kdjax.shapes import View
+from kdjax.summary import quantizing
 from kdjax.train import train
 
 home = tiny_run.home
@@ -82,6 +83,28 @@ def test_a_student_takes_up_what_the_prompt_does(made, home):
     made = replace(made, objective=replace(made.objective, alpha=0.0), optim=replace(made.optim, learning_rate=1e-2))
     summary = train(made, home / "context")
     assert 0 < summary["kl_after"] < 0.7 * summary["kl_before"]
+
+
+def test_what_quantising_costs_is_measured_behind_the_teachers_prompt(made):
+    made = replace(made, teacher=replace(made.teacher, quantize="int4"), student=replace(made.student, lora=Lora()))
+    job = build(made)
+    frozen = job.frozen()
+    model, whole = job.teacher.model, build(replace(made, teacher=replace(made.teacher, quantize="none"))).frozen()
+    total = tokens = 0
+    for batch in job.data.evaluation(made.batch_size):
+        for b in range(made.batch_size):
+            at = np.flatnonzero(batch.kd_weight_BR[b])
+            segment_T, tokens_T = batch.teacher.segment_BT[b], batch.teacher.tokens_BT[b]
+            for segment in np.unique(segment_T[batch.teacher_rows_BR[b][at]]):
+                first = np.flatnonzero(segment_T == segment)[0]
+                rows = batch.teacher_rows_BR[b][at]
+                rows = rows[segment_T[rows] == segment] - first
+                ids = tokens_T[segment_T == segment].tolist()
+                p, q = (log_probs(model, tree["teacher"], ids)[rows] for tree in (whole, frozen))
+                total += (np.exp(p) * (p - q)).sum()
+                tokens += len(rows)
+    found = quantizing(job, frozen)
+    assert found["kl_quantized"] == pytest.approx(total / tokens, rel=1e-3) and total > 0
 
 
 def test_views_that_do_not_fit_the_models_are_refused(made):

@@ -174,6 +174,16 @@ def test_a_base_that_is_gone_or_has_changed_is_refused(trained, tmp_path):
         open_model(str(copy))
 
 
+def test_a_run_that_saved_nothing_leaves_no_base_behind(config, directory, home):
+    made, run = taught_by(config, directory, source="teacher"), home / "anew"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "base.json").write_text("{}")
+    train(replace(made, steps=3), run)
+    assert not (run / "base.json").exists()
+    open_model(str(run))
+
+
 def test_what_cannot_be_frozen_is_refused(config, directory):
     refused(replace(config, student=replace(config.student, lora=RANK)), "its source is 'random'; name a model")
     refused(adapted(config, directory, trained=("layers/mpl",)), "trained names 'layers/mpl'.*did you mean")
