@@ -152,7 +152,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, abstract_state)
 
     def load(self, tensors: Any, axes: Any, dtype: str) -> Any:
-        """Return arrays of the mesh from lazy tensors (`shape`, `read(index)`), each device's part read alone.
+        """Return arrays of the mesh from lazy tensors (`shape`, `read(index)`, `casts`), each device's part read alone.
 
         What `casts` becomes `dtype`; what is quantised stays as it is.
         """

@@ -85,6 +85,7 @@ def test_a_student_takes_up_what_the_prompt_does(made, home):
     assert 0 < summary["kl_after"] < 0.7 * summary["kl_before"]
 
 
+@pytest.mark.slow
 def test_what_quantising_costs_is_measured_behind_the_teachers_prompt(made):
     made = replace(made, teacher=replace(made.teacher, quantize="int4"), student=replace(made.student, lora=Lora()))
     job = build(made)

@@ -25,7 +25,7 @@ from kdjax.train import train
 
 home = tiny_run.home
 RANK = Lora(rank=2, alpha=6.0)
-OTHER_MESHES = ({"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}, {"placement": "pmap"})
+MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 8}, {"placement": "pmap"})
 
 
 def adapted(config, directory, **spec):
@@ -80,11 +80,8 @@ def first_gradient(config):
     return jax.device_get(gradients["student"]), float(metrics["loss"])
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [{"data": 2, "fsdp": 2, "tensor": 2}, *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_MESHES)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_trap_4_adapters_have_one_gradient_on_any_mesh(config, directory, mesh):
     made = adapted(config, directory, keep_layers=())
     want, loss = first_gradient(replace(made, mesh=MeshConfig(data=8), microbatches=1))
@@ -174,6 +171,7 @@ def test_a_base_that_is_gone_or_has_changed_is_refused(trained, tmp_path):
         open_model(str(copy))
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_nothing_leaves_no_base_behind(config, directory, home):
     made, run = taught_by(config, directory, source="teacher"), home / "anew"
     run.mkdir()
@@ -191,7 +189,8 @@ def test_what_cannot_be_frozen_is_refused(config, directory):
         replace(config, teacher=ModelSpec(lora=RANK))
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_report_says_what_quantising_the_teacher_costs(config, directory, home, kind):
     made = taught_by(config, directory)
     made = replace(made, teacher=replace(made.teacher, quantize=kind))

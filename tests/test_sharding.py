@@ -75,7 +75,7 @@ def test_lazy_tensors_are_read_part_by_part():
     """Each device reads only its own slice."""
 
     class Lazy:
-        shape, read_parts = (8, 6), []
+        shape, read_parts, casts = (8, 6), [], True
 
         def read(self, index):
             self.read_parts.append(index)

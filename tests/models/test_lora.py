@@ -53,7 +53,9 @@ def added_by_hand(params, adapters, spec=RANK):
     return nested({path: x.astype(np.float32) for path, x in paths.items()})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "decoder")]
+)
 def test_an_adapter_is_a_low_rank_matrix_added_to_its_kernel(name):
     model, seen = Model(CONFIGS[name]), view()
     seen = replace(seen, encoder=view()) if model.config.encoder_layers else seen

@@ -1,5 +1,6 @@
 """Quantised weights are near their floats, compute as their floats would, and lie and are read in parts like any."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -24,6 +25,8 @@ CONFIGS = {
     "widths that no group divides": replace(SMALL, width=40, head_width=10, mlp_width=36),
 }
 KINDS = ("int8", "int4")
+EVERY_TIME = [("tied", "int8"), ("untied", "int8"), ("experts", "int4"), ("widths that no group divides", "int4")]
+REST = [each for each in itertools.product(CONFIGS, KINDS) if each not in EVERY_TIME]
 
 
 def drawn(config, seed=0):
@@ -86,8 +89,9 @@ def test_no_number_is_further_off_than_half_a_step(kind):
         assert np.any(got[path] != weight), path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*EVERY_TIME, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)]
+)
 def test_a_quantised_model_computes_with_the_floats_that_its_numbers_stand_for(name, kind):
     config = CONFIGS[name]
     model, params = Model(config), jax.tree.map(lambda x: x * 0.1, drawn(config))
@@ -110,7 +114,9 @@ def test_any_part_reads_as_the_part_of_the_whole(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 2, "expert": 4}, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_the_same_numbers_lie_on_a_mesh(mesh, kind):
     config = replace(CONFIGS["experts"], experts=4)
     params = drawn(config)
