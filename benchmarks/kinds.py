@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from benchmarks import harness
 from kdjax import config as configs
 from kdjax import data
 from kdjax.config import Config
-from kdjax.console import amount, count, percent
+from kdjax.console import amount, count, percent, small
 from kdjax.data.examples import to_example
 from kdjax.data.holdout import split_documents
 from kdjax.data.sources import open_source
@@ -126,9 +126,9 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     def of(kind: str, objective: str, name: str) -> list[float]:
         return [row[name] for row in rows if (row["kind"], row["objective"]) == (kind, objective)]
 
-    def shown(values: Sequence[float]) -> str:
-        spread = f" ({amount(min(values))} to {amount(max(values))})" if len(values) > 1 else ""
-        return amount(statistics.mean(values)) + spread
+    def shown(values: Sequence[float], show: Callable[[float], str] = amount) -> str:
+        spread = f" ({show(min(values))} to {show(max(values))})" if len(values) > 1 else ""
+        return show(statistics.mean(values)) + spread
 
     lines = [
         "| recipe | seeds | trained on | KL to the teacher (nats) | cross entropy (the teacher's) | same top choice |"
@@ -138,7 +138,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         if found := of(kind, objective, "kl_after"):
             before, teacher = of(kind, objective, "kl_before")[0], of(kind, objective, "ce_teacher")[0]
             ce, same = of(kind, objective, "ce_after"), of(kind, objective, "agreement_after")
-            kl = f"{amount(before)} → {shown(found)}"
+            kl = f"{small(before)} → {shown(found, small)}"
             top = percent(statistics.mean(same))
             lines.append(f"| {kind} | {len(found)} | {objective} | {kl} | {shown(ce)} ({amount(teacher)}) | {top} |")
     lines += ["", "| recipe | seeds | parameters | Spearman's correlation before | after |", "|:--|--:|--:|--:|--:|"]
