@@ -368,6 +368,7 @@ def test_a_known_model_without_network_is_one_line(here, tmp_path):
     assert "Traceback" not in got.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(here):
     limited = ("sh", "-c", 'ulimit -f 60 && exec "$@"', "sh")  # 30,720 bytes a file
     got = subprocess.run(

@@ -117,6 +117,7 @@ def test_logits_may_be_off_only_beside_features():
         ObjectiveConfig(logits=False)
 
 
+@pytest.mark.slow
 def test_an_encoder_keeps_the_layers_that_are_named(rows, tmp_path):
     train(replace(config_of("seq2seq", rows), steps=1), tmp_path / "run")
     whole = open_model(str(tmp_path / "run"))

@@ -78,6 +78,7 @@ def contents(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_signals_goes_on_bit_by_bit(whole, ended):
     directory, said = ended
     assert [code for code, _ in said] == [-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0], said
