@@ -100,8 +100,12 @@ class Job:
         return self.place.compile_sums(partial(sums_of, recipe=self.recipe))
 
 
-def build(config: Config) -> Job:
+def build(config: Config, text: data.DataConfig | None = None) -> Job:
     """Return the job of a config, all that can be checked beforehand checked.
+
+    Args:
+        config: the run's.
+        text: what is trained on, where that is not `config.data` itself but answers to it.
 
     Raises:
         UserError: whatever of the config cannot be.
@@ -111,10 +115,12 @@ def build(config: Config) -> Job:
     student, teacher = models(config, place)
     _check_length(config, student, teacher)
     task = _task(config, student, teacher)
-    tokenizer = _tokenizer(config, student, teacher)
+    tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
+    if config.prompt and config.data.has_views:
+        data.encode_prompt(config.prompt, config.data, tokenizer)
     loader = data.build(
-        replace(config.data, task=task),
+        replace(text or config.data, task=task),
         tokenizer,
         batch_size=config.batch_size,
         process_index=jax.process_index(),
@@ -208,8 +214,12 @@ def _sizes(model: Model) -> Sizes:
     return Sizes(c.layers, c.kv_heads, widths, c.causal)
 
 
-def _tokenizer(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:
-    """Return the configured tokenizer, or the one that comes with a model; two that differ are refused."""
+def tokenizer_of(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:
+    """Return the configured tokenizer, or the one that comes with a model, with the configured chat template.
+
+    Raises:
+        UserError: none, or two that differ.
+    """
     paths = [m.file.tokenizer for m in (teacher, student) if m is not None and m.file is not None and m.file.tokenizer]
     found = [data.load_tokenizer(path) for path in dict.fromkeys(paths)]
     if len({tokenizer.sha256 for tokenizer in found}) > 1:
@@ -218,7 +228,7 @@ def _tokenizer(config: Config, student: Named, teacher: Named | None) -> data.To
             "different tokens; use models that share one"
         )
     if config.data.tokenizer:
-        return data.load_tokenizer(config.data.tokenizer)
+        found = [data.load_tokenizer(config.data.tokenizer)]
     if not found:
         raise UserError("no model brings a tokenizer; set data.tokenizer to 'bytes' or to a tokenizer.json")
-    return found[0]
+    return data.with_template(found[0], config.data.chat_template)

@@ -12,10 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from kdjax import __version__
 from kdjax.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdjax.config import Config
 
 INTERRUPTED = 130
 """The exit code of a command that was ended by SIGINT."""
@@ -52,7 +55,7 @@ def _run(given: list[str]) -> int:
         raise UserError(f"unknown command {given[0]!r}{did_you_mean(given[0], commands)}")
     try:
         options, flags = parser.parse_known_args(given)
-        if flags and options.run is not _train:
+        if flags and options.run not in CONFIGURED:
             raise UserError(f"unknown argument {flags[0]!r}; see kdjax {options.command} --help")
         return options.run(options, flags) or 0
     except SystemExit as stop:  # after --help or --version
@@ -75,7 +78,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("kdjax.train", "kdjax.student"):
+    for name in ("kdjax.train", "kdjax.student", "kdjax.answers"):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -92,24 +95,31 @@ def _pass_over_late_callbacks(caught: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(caught)
 
 
+def _configured(options: argparse.Namespace, flags: list[str]) -> tuple[Config, Path]:
+    """Return the config with its flags applied, and the run directory; or print help, and leave."""
+    from kdjax import config as configs
+
+    if options.config is None and {"-h", "--help"} & set(flags):
+        options.print_help()
+        raise SystemExit
+    if options.config is None:
+        known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
+        raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
+    command = f"kdjax {options.command} {options.config} [--run-dir DIR]"
+    config = configs.with_prompt(configs.override(configs.load(options.config), flags, command))
+    default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
+    return config, options.run_dir or default
+
+
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
     import jax
     from rich.console import Console
 
-    from kdjax import config as configs
     from kdjax.console import final_table
     from kdjax.report import write_report
     from kdjax.train import Stopped, train
 
-    if options.config is None and {"-h", "--help"} & set(flags):
-        options.print_help()
-        return 0
-    if options.config is None:
-        known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
-        raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
-    config = configs.override(configs.load(options.config), flags, f"kdjax train {options.config} [--run-dir DIR]")
-    default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
-    directory = options.run_dir or default
+    config, directory = _configured(options, flags)
     try:
         summary = train(config, directory)
     except Stopped as stopped:
@@ -122,6 +132,19 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     for note in config.notes:
         console.print(note)
     console.print(f"report: {write_report([directory], directory / 'report.html')}")
+    return 0
+
+
+def _answers(options: argparse.Namespace, flags: list[str]) -> int:
+    from kdjax.answers import write_answers
+    from kdjax.lock import lock_run
+
+    config, directory = _configured(options, flags)
+    if config.answers.by != "teacher":
+        raise UserError("answers.by is 'data', so there is nothing to sample; set --answers.by teacher")
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_run(directory):
+        print(write_answers(config, directory))
     return 0
 
 
@@ -215,6 +238,10 @@ def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
     fetch(options.name)
 
 
+CONFIGURED = (_train, _answers)
+"""Commands that take a config, and its fields as flags."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are those of the rest."""
 
@@ -233,22 +260,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         name: str, run: Callable[[argparse.Namespace, list[str]], int | None], text: str
     ) -> argparse.ArgumentParser:
         # The help of train with a config is about the config's flags.
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=run is not _train)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=run not in CONFIGURED)
         command.set_defaults(run=run, print_help=command.print_help)
         return command
 
-    train = add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on")
-    train.usage = "kdjax train CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
-    train.epilog = "`kdjax train CONFIG --help` lists the fields of the config with their values."
-    train.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
-    )
-    train.add_argument(
-        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
-    )
+    _add_config(add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on"))
+    _add_config(add("answers", _answers, "sample the teacher's answers that a config trains on; run again to go on"))
     evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -265,6 +282,22 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     fetch = add("fetch", _fetch, "get a known model into the cache")
     fetch.add_argument("name")
     return parser, commands.choices
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    """Add a config and where to write; further flags are the config's own."""
+    name = command.prog
+    command.usage = f"{name} CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
+    command.epilog = f"`{name} CONFIG --help` lists the fields of the config with their values."
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
+    )
+    command.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
+    )
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

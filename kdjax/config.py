@@ -20,11 +20,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 
 from kdjax.checkpoint import CheckpointConfig
-from kdjax.data import DataConfig
+from kdjax.data import DataConfig, system_views
 from kdjax.errors import UserError, did_you_mean
 from kdjax.losses import ObjectiveConfig
 from kdjax.models.config import ModelSpec
 from kdjax.optim import OptimConfig
+from kdjax.sampling import AnswersConfig
 from kdjax.sharding import MeshConfig
 
 LEAST = {
@@ -50,6 +51,10 @@ class Config:
     teacher: ModelSpec | None = None
     """The model that is distilled; none means pre-training."""
     data: DataConfig = DataConfig()
+    prompt_file: str = ""
+    """A text that is distilled as a prompt: the teacher has it as the system's turn, the student does not see it. Takes
+    the place of data.teacher_view and data.student_view."""
+    answers: AnswersConfig = AnswersConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -85,6 +90,8 @@ class Config:
             )
         if self.teacher is not None and self.teacher.source == "teacher":
             raise UserError("teacher.source is 'teacher'; name a model (a directory, a known name, a run) or 'random'")
+        if self.answers.by == "teacher" and self.teacher is None:
+            raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.quantize != "none":
             raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
         if self.teacher is not None and (self.teacher.trained or self.teacher.lora.rank):
@@ -233,6 +240,26 @@ def from_json(text: str, where: str = "config") -> Config:
     return _typed(Config, tree, where, "")
 
 
+def with_prompt(config: Config) -> Config:
+    """Return the config whose views are those of its `prompt_file`, read now: saved, it depends on no other file.
+
+    Raises:
+        UserError: the file cannot be read, or is empty.
+    """
+    if not config.prompt_file:
+        return config
+    path = Path(config.prompt_file).expanduser()
+    try:
+        prompt = path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"prompt_file {path} cannot be read: {error}") from None
+    if not prompt.strip():
+        raise UserError(f"prompt_file {path} is empty; write the prompt that is to be distilled into it")
+    views = system_views(prompt)
+    shown = dataclasses.replace(config.data, student_view=views.student, teacher_view=views.teacher)
+    return dataclasses.replace(config, prompt_file="", data=shown)
+
+
 def _join(name: str, field: str) -> str:
     return f"{name}.{field}" if name else field
 
@@ -289,7 +316,12 @@ WORDS = {
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``field: old -> new`` for every field in which two configs differ."""
-    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return differences_of(dataclasses.asdict(old), dataclasses.asdict(new))
+
+
+def differences_of(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return ``field: old -> new`` for every field in which two trees differ."""
+    left, right = _flat(old), _flat(new)
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
         for key in sorted(left | right)

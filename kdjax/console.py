@@ -242,4 +242,29 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
     texts = summary.get("continuations") or {}
     for who, text in ({"prompt": summary.get("prompt", "")} | texts if texts else {}).items():
         said.add_row(Text(visible(who)), Text(visible(text).strip()))
-    return Group(*(part for shown in (figures, said) if shown.row_count for part in (shown, "")))
+    tables = [part for shown in (figures, said) if shown.row_count for part in (shown, "")]
+    return Group(*tables, *map(Text, recovered(summary)))
+
+
+def recovered(summary: Mapping[str, Any]) -> list[str]:
+    """Return sentences on how much of a prompt's effect a student has without it, and what that saves."""
+    said = []
+    for key, where in (("recovered", "the teacher's answers"), ("recovered_own", "the student's own answers")):
+        if finite(summary.get(key)) is not None:
+            low, high = map(percent, summary[f"{key}_interval"])
+            prompts = count(summary[f"{key}_prompts"])
+            said.append(
+                f"recovered of the prompt: {percent(summary[key])} on {where} "
+                f"(95 % interval {low} to {high}, {prompts} held-out prompts)"
+            )
+    if behaviour := summary.get("behaviour"):
+        said.append("behaviour: " + ", ".join(f"{who} {percent(share)}" for who, share in behaviour.items()))
+    if (forgetting := summary.get("forgetting")) and finite(forgetting.get("kl")) is not None:
+        said.append(f"forgetting: {small(forgetting['kl'])} nats from the unprompted teacher on unrelated text")
+    if saved := summary.get("saved"):
+        said.append(
+            f"saved per request: {count(saved['prompt_tokens'])} tokens of prompt beside {count(saved['request_tokens'])}"
+            f" that stay, {saved['cache_bytes'] / 1e6:.1f} MB of cache, "
+            f"{saved['seconds_with'] - saved['seconds_without']:.2f} s to the first token here"
+        )
+    return said

@@ -38,15 +38,17 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     eos_ids: Sequence[int] = (),
+    first: int = 0,
 ) -> list[list[int]]:
     """Return each prompt's continuation, up to and with the first of `eos_ids`; of an encoder-decoder what it answers.
+
+    The prompts are numbered from `first` on, which their draws go by.
 
     Raises:
         UserError: for an empty or over-long prompt, a token outside the vocabulary, or a bad sampling value.
     """
-    blocks = stream(
-        model, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eos_ids=eos_ids
-    )
+    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_ids": eos_ids, "first": first}
+    blocks = stream(model, params, prompts, **how)
     rows: list[list[int]] = [[] for _ in prompts]
     for block in blocks:
         for row, new in zip(rows, block, strict=True):

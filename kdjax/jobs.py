@@ -10,6 +10,7 @@ from typing import Any
 
 from kdjax import config as configs
 from kdjax import data
+from kdjax.answers import answered
 from kdjax.build import build
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
@@ -29,7 +30,8 @@ def evaluate_run(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a run directory: it has no config.json; `kdjax train CONFIG` makes one")
     file = open_model(str(directory))
-    job = build(configs.load(str(directory)))
+    config = configs.load(str(directory))
+    job = build(config, answered(config, directory))
     batches = job.data.evaluation(job.config.batch_size)
     if not batches:
         raise UserError(f"{directory} holds out no text to evaluate on: its data.eval_fraction is 0")

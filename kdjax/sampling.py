@@ -1,9 +1,11 @@
-"""How the next token is chosen from its logits."""
+"""How the next token is chosen from its logits, and who answers the prompts of a run."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,50 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; wanted above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p is {self.min_p}; wanted from 0 (all tokens) to 1")
+
+
+LEAST = {"count": 0, "tokens": 1, "batch_size": 1, "seed": 0, "student_share": 0}
+"""The lowest value of each number of `AnswersConfig`."""
+
+
+@dataclass(frozen=True)
+class AnswersConfig:
+    """Who answers prompts, how, and what is looked at in the answers."""
+
+    by: Literal["data", "teacher"] = "data"
+    """data: the column of answers; teacher: sampled once from the teacher behind its own view, and kept in the run
+    directory as answers.jsonl, which may be read and edited."""
+    student_share: float = 0.0
+    """Share of the batches that the student answers anew while it trains (on-policy; λ of arXiv:2306.13649)."""
+    count: int = 0
+    """So many prompts are answered, chosen by a hash of theirs; 0 is all."""
+    tokens: int = 64
+    """Tokens of an answer, at most."""
+    sampling: Sampling = Sampling(temperature=1.0)
+    """How the teacher's tokens and the student's are chosen."""
+    scratchpad: str = ""
+    """A text with which the teacher ends its thoughts, `Answer:` for example: what it wrote up to there becomes the
+    column `scratchpad`, for the teacher's view; what follows is the answer. Others are dropped (arXiv:2209.15189)."""
+    behaviour: str = ""
+    """A regular expression for what the teacher's prompt asks for; the share of answers that have it is measured."""
+    unrelated: tuple[str, ...] = ("python_docs",)
+    """Sources of text on which forgetting is measured, as the divergence from the unprompted teacher."""
+    batch_size: int = 32
+    """Prompts that are answered at once."""
+    seed: int = 0
+    """Of the choice of prompts and of the answers."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"answers.{name} is {getattr(self, name)}; wanted at least {least}")
+        if self.student_share > 1:
+            raise UserError(f"answers.student_share is {self.student_share}; wanted from 0 to 1")
+        self.sampling.check()
+        try:
+            re.compile(self.behaviour)
+        except re.error as error:
+            raise UserError(f"answers.behaviour {self.behaviour!r} is no regular expression: {error}") from None
 
 
 def choose(logits_BV: Array, sampling: Sampling, keys_B: Array) -> Array:

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from kdjax import data
 from kdjax.build import Job
 from kdjax.environment import describe
 from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.models import Model, byte_count, parameter_count
+from kdjax.recovery import recovery
 from kdjax.shapes import Batch, View
 from kdjax.step import TrainState, student_params
 from kdjax.student import divergence
@@ -32,9 +34,17 @@ QUANTIZED = (
 
 def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     """Return what is known before the first step, with how each model continues the prompt then."""
-    said = {} if job.teacher is None else {"teacher": _continued(job, job.teacher.model, frozen["teacher"])}
-    said["student before"] = _continued(job, job.student.model, student_params(job.recipe, params, frozen))
+    said = {} if job.teacher is None else _of_teacher_said(job, job.teacher.model, frozen["teacher"])
+    if not job.config.data.teacher_view:
+        said["student before"] = _continued(job, job.student.model, student_params(job.recipe, params, frozen))
     return _facts(job, params, frozen, looks) | {"continuations": {who: text for who, text in said.items() if text}}
+
+
+def _of_teacher_said(job: Job, model: Model, params: Any) -> dict[str, str]:
+    """Return how the teacher continues the config's prompt; without and with its own view, where it has one."""
+    if not job.config.data.teacher_view:
+        return {"teacher": _continued(job, model, params)}
+    return {f"{who} prompt": _continued(job, model, params, who == "with the") for who in ("without the", "with the")}
 
 
 def quantizing(job: Job, frozen: Any) -> Summary:
@@ -70,8 +80,10 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
     student = student_params(job.recipe, state.params, frozen)
     text = _continued(job, job.student.model, student)
     figures = _facts(job, state.params, frozen, looks) | named_figures(look, "after")
+    after = "distilled, without it" if config.data.teacher_view else "student after"
+    figures |= recovery(job, state.params, frozen)
     figures |= {
-        "continuations": {"student after": text} if text else {},
+        "continuations": {after: text} if text else {},
         "steps": config.steps,
         "train_tokens": config.steps * ones_BT.size,
         "eval_tokens": look.get("tokens", 0),
@@ -117,11 +129,14 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     return facts | named_figures(looks.get(0, {}), "before")
 
 
-def _continued(job: Job, model: Model, params: Any) -> str:
+def _continued(job: Job, model: Model, params: Any, is_teachers_view: bool = False) -> str:
     """Return the greedy continuation of the config's prompt, empty without one."""
     if not job.config.prompt:
         return ""
     is_input, end = model.config.encoder_layers > 0, job.tokenizer.eos_ids
-    prompts = [job.tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
+    if job.config.data.has_views:
+        prompts = [data.encode_prompt(job.config.prompt, job.config.data, job.tokenizer)[is_teachers_view]]
+    else:
+        prompts = [job.tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
     new = generate(model, params, prompts, max_new_tokens=job.config.prompt_tokens, eos_ids=end)[0]
     return job.tokenizer.decode(new)

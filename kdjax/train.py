@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from kdjax import config as configs
 from kdjax import manifest, summary
+from kdjax.answers import ANSWERS, PROGRESS, answered
 from kdjax.build import Job, build
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
@@ -95,7 +96,7 @@ def train(config: Config, directory: Path) -> dict[str, Any]:
     with lock_run(directory):
         if jax.process_index() == 0:
             check_same_run(config, directory)
-        job = build(config)
+        job = build(config, answered(config, directory))
         with Checkpoints(directory / "checkpoints", config.checkpoint, job.frozen_names()) as checkpoints:
             run = _restore_or_start(job, directory, checkpoints, began)
             if run.step == config.steps and "steps" in run.summary:
@@ -119,7 +120,7 @@ def check_same_run(config: Config, directory: Path) -> None:
     """
     saved = directory / "config.json"
     if not saved.exists():
-        strangers = sorted(p.name for p in directory.iterdir() if p.name != ".lock")
+        strangers = sorted(p.name for p in directory.iterdir() if p.name not in (".lock", ANSWERS, PROGRESS))
         if strangers:
             raise UserError(f"{directory} holds {strangers[0]!r} but no run; choose another --run-dir, or empty it")
         return

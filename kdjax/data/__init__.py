@@ -1,8 +1,28 @@
 """Data: sources of real text, a held-out split, tokens and weights, packing, and a stream of batches that resumes."""
 
 from kdjax.data.config import DataConfig
+from kdjax.data.packing import Asked, examples_of, in_rows
 from kdjax.data.pipeline import Data, build, merge_states
-from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer
+from kdjax.data.questions import Question, encode_prompt, questions
+from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer, with_template
+from kdjax.data.views import system_views
 from kdjax.data.vocabulary import trim_tokenizer
 
-__all__ = ["Data", "DataConfig", "Tokenizer", "build", "check_fits", "load_tokenizer", "merge_states", "trim_tokenizer"]
+__all__ = [
+    "Asked",
+    "Data",
+    "DataConfig",
+    "Question",
+    "Tokenizer",
+    "build",
+    "check_fits",
+    "encode_prompt",
+    "examples_of",
+    "in_rows",
+    "load_tokenizer",
+    "merge_states",
+    "questions",
+    "system_views",
+    "trim_tokenizer",
+    "with_template",
+]

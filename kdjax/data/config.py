@@ -30,8 +30,8 @@ class DataConfig:
     """The text to train on, how it is cut into rows, and what is held out."""
 
     sources: tuple[str, ...] = ("python_docs",)
-    """Where examples come from: `python_docs`, `text:PATH`, `jsonl:PATH`, `parquet:PATH` (a PATH may be a glob),
-    `tfds:NAME_OR_DIRECTORY` or `tfds:NAME_OR_DIRECTORY@SPLIT`."""
+    """Where examples come from: `python_docs`, `python_questions`, `text:PATH`, `jsonl:PATH`, `parquet:PATH` (a PATH may
+    be a glob), `tfds:NAME_OR_DIRECTORY` or `tfds:NAME_OR_DIRECTORY@SPLIT`."""
     weights: tuple[float, ...] = ()
     """Share of the examples drawn from each source; empty takes all examples together, each once an epoch."""
     tokenizer: str = ""
@@ -62,6 +62,9 @@ class DataConfig:
     dedupe_ngram: int = 13
     """Held-out documents that share so many words in a row with a training document are dropped; 0 keeps them, and
     saves reading all text a second time at the start."""
+    group_field: str = ""
+    """Examples that share this column's value (of one book, one user) are held out together; empty holds out each by
+    its own text."""
     split_seed: int = 0
     """Of the choice of held-out documents."""
     seed: int = 0

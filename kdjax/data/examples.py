@@ -7,7 +7,7 @@ where it doubles as padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -47,12 +47,11 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
         parts = _messages(record[config.messages_field], f"{where}, field {config.messages_field!r}")
         return Example("messages", parts)
     if {config.prompt_field, config.answer_field} <= has:
-        names = {"prompt": config.prompt_field, "answer": config.answer_field}
-        parts = tuple((role, _text(record[name], f"{where}, field {name!r}")) for role, name in names.items())
-        if not parts[1][1].strip() and parts[0][1].strip():
+        asked = to_question(record, config, where)
+        answer = _text(record[config.answer_field], f"{where}, field {config.answer_field!r}")
+        if not answer.strip() and asked.parts[0][1].strip():
             raise UserError(f"{where}: field {config.answer_field!r} is empty, so there is nothing to learn")
-        columns = {name: _plain(record[name]) for name in has if name != config.answer_field}
-        return Example("answer", parts, columns=columns)
+        return replace(asked, parts=(asked.parts[0], ("answer", answer)))
     if config.text_field in has:
         text = _text(record[config.text_field], f"{where}, field {config.text_field!r}")
         label = _label(record, config.label_field, where) if config.task == "classification" else None
@@ -64,6 +63,38 @@ def to_example(record: Mapping[str, Any], config: DataConfig, where: str) -> Exa
         f"{where} has no field {wanted}{did_you_mean(config.text_field, has or ['none'])}; "
         "name the column with data.text_field"
     )
+
+
+def to_question(record: Mapping[str, Any], config: DataConfig, where: str) -> Example:
+    """Return the example in a row, its answer left out.
+
+    Raises:
+        UserError: it has no prompt, or that is no text.
+    """
+    if record.get(config.prompt_field) is None:
+        raise UserError(
+            f"{where} has no field {config.prompt_field!r}{did_you_mean(config.prompt_field, record)}; name the column "
+            "with data.prompt_field"
+        )
+    prompt = _text(record[config.prompt_field], f"{where}, field {config.prompt_field!r}")
+    columns = {
+        name: _plain(value) for name, value in record.items() if value is not None and name != config.answer_field
+    }
+    return Example("answer", (("prompt", prompt), ("answer", "")), columns=columns)
+
+
+def group_of(record: Mapping[str, Any], config: DataConfig, where: str) -> str:
+    """Return what a row shares with those that are held out together with it.
+
+    Raises:
+        UserError: it has no such column.
+    """
+    if record.get(config.group_field) is None:
+        raise UserError(
+            f"{where} has no field {config.group_field!r}{did_you_mean(config.group_field, record)}; name the column "
+            "with data.group_field"
+        )
+    return str(_plain(record[config.group_field]))
 
 
 def _plain(value: Any) -> Any:

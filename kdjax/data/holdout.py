@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdjax.data.config import DataConfig
-from kdjax.data.examples import Example, to_example
+from kdjax.data.examples import Example, group_of, to_example
 from kdjax.data.sources import Source
 from kdjax.errors import UserError
 
@@ -59,7 +59,11 @@ def split_documents(sources: Sequence[Source], config: DataConfig) -> Split:
             kinds.add(example.kind)
             place = _hash(example.document, config.split_seed)
             digest.update(place)
-            if int.from_bytes(place, "big") < config.eval_fraction * 2**64:
+            chosen = place
+            if config.group_field:
+                chosen = _hash(group_of(source.record(row), config, source.where(row)), config.split_seed)
+                digest.update(chosen)
+            if int.from_bytes(chosen, "big") < config.eval_fraction * 2**64:
                 held.append((place, number, row, len(example.document)))
             else:
                 rows.append((number, row))

@@ -94,6 +94,63 @@ def _with_teacher(batch: Batch, rows: Sequence[Row], counts_BR: np.ndarray) -> B
     return dataclasses.replace(batch, teacher=view, teacher_rows_BR=np.where(counts_BR, rows_BR, 0).astype(np.int32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The tokens of an example: before its answer, as each model sees them, and of the answer."""
+
+    student: list[int]
+    teacher: list[int]
+    answer: list[int]
+
+
+def examples_of(rows: Sequence[Row]) -> list[Asked]:
+    """Return the examples in packed rows, each a prompt with its answer."""
+    return [
+        _asked(row, number) for row in rows for number in range(1, int(row["tokens_segment_ids"].max(initial=0)) + 1)
+    ]
+
+
+def _asked(row: Row, number: int) -> Asked:
+    before, answer = _parted(row, number, "tokens", "weight")
+    teacher = _parted(row, number, "teacher_tokens", "teacher_weight")[0] if "teacher_tokens" in row else before
+    return Asked(before, teacher, answer)
+
+
+def _parted(row: Row, number: int, name: str, weight: str) -> tuple[list[int], list[int]]:
+    is_here_T = row[f"{name}_segment_ids"] == number
+    tokens, weighs = row[name][is_here_T], row[weight][is_here_T] != 0
+    return tokens[~weighs].tolist(), tokens[weighs].tolist()
+
+
+def in_rows(examples: Sequence[Asked], unit: int = 32) -> Batch:
+    """Return a batch with each example alone in a row, as wide as the longest, rounded up to a multiple of `unit`."""
+    views = {"": "student", "teacher_": "teacher"}
+    widths = {
+        prefix: -(-max(len(getattr(one, name)) + len(one.answer) for one in examples) // unit) * unit
+        for prefix, name in views.items()
+    }
+
+    def row(one: Asked) -> Row:
+        found = {}
+        for prefix, name in views.items():
+            before, width = getattr(one, name), widths[prefix]
+            found |= _padded(f"{prefix}tokens", [*before, *one.answer], width)
+            found[f"{prefix}weight"] = np.zeros(width, np.float32)
+            found[f"{prefix}weight"][len(before) : len(before) + len(one.answer)] = 1
+        return found
+
+    return to_batch([row(one) for one in examples])
+
+
+def _padded(name: str, tokens: list[int], width: int) -> dict[str, np.ndarray]:
+    """Return the tokens at the front of a row, with segment and positions."""
+    at_T = np.arange(width, dtype=np.int32)
+    is_real_T = at_T < len(tokens)
+    row_T = np.zeros(width, np.int32)
+    row_T[: len(tokens)] = tokens
+    return {name: row_T, f"{name}_segment_ids": is_real_T.astype(np.int32), f"{name}_positions": at_T * is_real_T}
+
+
 def _of_next(view: View, weight_BT: np.ndarray) -> np.ndarray:
     """Return at each position the weight of the token that follows, if it is of the same segment."""
     follows_BT = (view.segment_BT > 0) & (view.segment_BT == _next(view.segment_BT))

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -164,7 +163,6 @@ def build(
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
     """
-    tokenizer = _with_template(tokenizer, config.chat_template)
     config = dataclasses.replace(config, task="causal_lm") if config.task == "auto" else config
     facts = Facts(
         tokenizer,
@@ -229,15 +227,6 @@ def merge_states(states: Sequence[State]) -> State:
         if (state["step"], state["data"]) != (first["step"], first["data"]):
             raise UserError(f"the processes' saved positions differ: step {first['step']} and {state['step']}")
     return {**first, "shards": {name: place for state in states for name, place in state["shards"].items()}}
-
-
-def _with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
-    if not path:
-        return tokenizer
-    try:
-        return dataclasses.replace(tokenizer, chat_template=Path(path).expanduser().read_text("utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"data.chat_template {path} cannot be read: {error}") from None
 
 
 def _encoder(sources: Sequence[Source], config: DataConfig, facts: Facts, documents: int) -> Encode:

@@ -44,6 +44,22 @@ def documents() -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
+@functools.cache
+def questions() -> tuple[dict[str, Any], ...]:
+    """Return a question about each public function: `id`, `module`, `prompt`, and its docstring's start as `answer`."""
+    rows = ((row["id"], row["text"]) for row in documents() if row["label"] == KINDS.index("function"))
+    public = ((name, text) for name, text in rows if not any(part.startswith("_") for part in name.split(".")))
+    return tuple(
+        {
+            "id": name,
+            "module": name.partition(".")[0],
+            "prompt": f"What does {name} do?",
+            "answer": " ".join(text.partition("\n\n")[0].split()),
+        }
+        for name, text in public
+    )
+
+
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
     """Pause the garbage collector: syntax trees are many small objects, and it would take half of all the time."""

@@ -10,12 +10,13 @@ import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdjax.data.python_docs import documents
+from kdjax.data.python_docs import documents, questions
 from kdjax.errors import UserError, did_you_mean
 
 Record = Mapping[str, Any]
@@ -57,11 +58,11 @@ def open_source(name: str) -> Source:
     return source
 
 
-def _python_docs(argument: str) -> Source:
+def _installed(name: str, rows_of: Callable[[], Sequence[Record]], argument: str) -> Source:
     if argument:
-        raise UserError(f"data source python_docs takes no argument, got {argument!r}")
-    docs = documents()
-    return Source("python_docs", len(docs), lambda i: docs[i], lambda i: f"python_docs {docs[i]['id']}")
+        raise UserError(f"data source {name} takes no argument, got {argument!r}")
+    rows = rows_of()
+    return Source(name, len(rows), lambda i: rows[i], lambda i: f"{name} {rows[i]['id']}")
 
 
 def _files(kind: str, argument: str) -> list[Path]:
@@ -180,7 +181,8 @@ def _tfds(argument: str) -> Source:
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {
-    "python_docs": _python_docs,
+    "python_docs": partial(_installed, "python_docs", documents),
+    "python_questions": partial(_installed, "python_questions", questions),
     "text": lambda argument: _mapped("text", argument, _text_rows, lambda text: {"text": text.strip()}),
     "jsonl": lambda argument: _mapped("jsonl", argument, _json_rows, _json_object),
     "parquet": _parquet,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,20 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<mask>"])
     return Tokenizer(backend, eos_id=256)
+
+
+def with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
+    """Return the tokenizer with the chat template in a file; as it is, where none is named.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not path:
+        return tokenizer
+    try:
+        return replace(tokenizer, chat_template=Path(path).expanduser().read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"data.chat_template {path} cannot be read: {error}") from None
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ template does, up to where the assistant speaks. Paper: Snell et al. 2022, arXiv
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from kdjax.data.config import DataConfig
 from kdjax.data.examples import Example
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
+
+
+SCRATCHPAD = "scratchpad"
+"""The column of what a teacher wrote before its answer; in a template it is empty where a row has none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,23 @@ def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[s
     return encoded | _weighed("teacher_", other, same)
 
 
+def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tuple[list[int], list[int]]:
+    """Return the tokens before the answer, as the student sees them and as the teacher does.
+
+    Raises:
+        UserError: a template that fails, or writes nothing.
+    """
+    student = _seen("student", views.student or "{{ prompt }}", example, tokenizer)[0]
+    return student, _seen("teacher", views.teacher, example, tokenizer)[0] if views.teacher else student
+
+
+def system_views(prompt: str) -> Views:
+    """Return the views of a prompt: the teacher has it as the system's turn before the row's, the student only that."""
+    turns = '{"role": "user", "content": prompt}'
+    system = f'{{"role": "system", "content": {json.dumps(prompt.strip(), ensure_ascii=False)}}}'
+    return Views(f"{{{{ chat([{turns}]) }}}}", f"{{{{ chat([{system}, {turns}]) }}}}")
+
+
 def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, np.ndarray]:
     weight = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)])
     return {f"{prefix}tokens": np.array([*prompt, *answer], np.int32), f"{prefix}weight": weight}
@@ -89,7 +111,7 @@ def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> 
 
     (_, prompt), (_, answer) = example.parts
     try:
-        text = render(template, {**example.columns, "prompt": prompt, "chat": chat}, strict=True)
+        text = render(template, {SCRATCHPAD: "", **example.columns, "prompt": prompt, "chat": chat}, strict=True)
     except UserError as error:
         raise UserError(f"the {whose}'s view {error}; mend data.{whose}_view") from None
     ids = tokenizer.encode(text) if spoken else tokenizer.encode_prompt(text)

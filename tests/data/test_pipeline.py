@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax.data import DataConfig, build, merge_states
+from kdjax.data import DataConfig, build, merge_states, with_template
 from kdjax.data.tokenizers import byte_tokenizer
 from kdjax.errors import UserError
 
@@ -220,13 +220,13 @@ def test_messages_go_through_the_template_given(config, tmp_path):
         "{{ '[a]' if add_generation_prompt else '' }}"
     )
     source = write(tmp_path / "m", [{"messages": turns}] * 9)
-    config = dataclasses.replace(config, sources=(source,), packing="first_fit", chat_template=str(template))
-    ((batch, _),) = take(build(config, BYTES, batch_size=1).train(), 1)
+    config = dataclasses.replace(config, sources=(source,), packing="first_fit")
+    ((batch, _),) = take(build(config, with_template(BYTES, str(template)), batch_size=1).train(), 1)
     first = batch.student.tokens_BT[0][batch.student.segment_BT[0] == 1]
     assert bytes(first.tolist()) == b"[u]q;[a]a;"
     assert batch.targets_BR[0][batch.ce_weight_BR[0] > 0][:2].tolist() == [*b"a;"]
     with pytest.raises(UserError, match="data.chat_template .* cannot be read"):
-        build(dataclasses.replace(config, chat_template="/nowhere"), BYTES, batch_size=1)
+        with_template(BYTES, "/nowhere")
 
 
 def test_prompts_are_not_cut_by_concat(config, tmp_path):

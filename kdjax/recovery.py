@@ -1,0 +1,149 @@
+"""How much of what a prompt does is in a student that does not see it, and what that saves; said in summary.json.
+
+recovered = 1 − KL(prompted ‖ distilled) / KL(prompted ‖ unprompted), over all answers' tokens, never clipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from kdjax import data
+from kdjax.build import Job
+from kdjax.data import Asked
+from kdjax.evaluate import forward_speed
+from kdjax.generate import generate
+from kdjax.losses import ObjectiveConfig, fused_kd_loss
+from kdjax.models import Model
+from kdjax.shapes import Array, Batch, View
+from kdjax.step import student_params
+from kdjax.student import divergence
+from kdjax.teacher import SignalOf, pick_rows
+
+Figures = dict[str, Any]
+
+DRAWS = 2_000
+"""Of the bootstrap."""
+
+BATCH = 8
+"""Examples, each in its own row, that are measured at once."""
+
+
+def recovery(job: Job, params: Any, frozen: Any) -> Figures:
+    """Return what summary.json says of a prompt's recovery; nothing where the teacher has no prompt of its own.
+
+    Measured on the held-out answers, and on answers that the student gives to the same prompts itself.
+    """
+    teacher, held = job.teacher, data.examples_of(job.data.held_out)
+    if teacher is None or not (job.config.data.teacher_view and held):
+        return {}
+    student = student_params(job.recipe, params, frozen)
+    models = {"unprompted": (teacher.model, frozen["teacher"]), "distilled": (job.student.model, student)}
+    own = _answered(job, *models["distilled"], held)
+    found = _shares("recovered", *(_divergences(job, *models[who], frozen, held) for who in models))
+    found |= _shares("recovered_own", *(_divergences(job, *models[who], frozen, own) for who in models))
+    if job.config.answers.behaviour:
+        said = {"prompted": held, "unprompted": _answered(job, *models["unprompted"], held), "distilled": own}
+        found["behaviour"] = {who: _rate(job, answers) for who, answers in said.items()}
+    return found | {"forgetting": _forgetting(job, params, frozen), "saved": _saved(job, models["distilled"], held)}
+
+
+def shares(distilled_P: np.ndarray, unprompted_P: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Return 1 − Σ distilled / Σ unprompted, and its 95 % bootstrap interval over prompts (percentiles)."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(distilled_P), (DRAWS, len(distilled_P)))
+    values = 1 - distilled_P[drawn].sum(1) / unprompted_P[drawn].sum(1)
+    low, high = np.percentile(values, (2.5, 97.5)).tolist()
+    return float(1 - distilled_P.sum() / unprompted_P.sum()), (low, high)
+
+
+def _shares(name: str, unprompted_P: np.ndarray, distilled_P: np.ndarray) -> Figures:
+    share, interval = shares(distilled_P, unprompted_P)
+    return {name: share, f"{name}_interval": interval, f"{name}_prompts": len(distilled_P)}
+
+
+def _divergences(job: Job, model: Model, params: Any, frozen: Any, examples: Sequence[Asked]) -> np.ndarray:
+    """Return Σ KL(prompted teacher ‖ model without the prompt) over each example's answer, in nats."""
+    found = []
+    for first in range(0, len(examples), BATCH):
+        some = examples[first : first + BATCH]
+        batch = data.in_rows([*some, *[some[-1]] * (BATCH - len(some))])
+        found += np.asarray(_sums(model, job.recipe.signal_of, params, frozen, batch))[: len(some)].tolist()
+    return np.array(found)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sums(model: Model, signal_of: SignalOf, params: Any, frozen: Any, batch: Batch) -> Array:
+    """Return the divergence of each row of a batch, summed over its tokens."""
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    shape = batch.targets_BR.shape
+    hidden_ND = pick_rows(model.apply(params, batch.student).hidden_BTD, batch.student_rows_BR)
+    signal, head = signal_of(frozen, batch), model.head(params)
+
+    def of_row(row: tuple[Array, ...]) -> Array:
+        hidden_RD, teacher_RD, targets_R, weight_R = row
+        told = replace(signal, hidden_ND=teacher_RD, taps={})
+        objective = ObjectiveConfig(alpha=0.0)
+        return fused_kd_loss(hidden_RD, head, told, targets_R, weight_R, weight_R, objective)[1]["kd"]
+
+    rows = (x_ND.reshape(*shape, -1) for x_ND in (hidden_ND, signal.hidden_ND))
+    return lax.map(of_row, (*rows, batch.targets_BR, batch.kd_weight_BR))
+
+
+def _answered(job: Job, model: Model, params: Any, examples: Sequence[Asked]) -> list[Asked]:
+    """Return the examples with what a model answers to the student's view of them."""
+    own, said = job.config.answers, []
+    how: Any = {"max_new_tokens": own.tokens, "sampling": own.sampling, "seed": own.seed + 1}
+    for first in range(0, len(examples), own.batch_size):
+        prompts = [one.student for one in examples[first : first + own.batch_size]]
+        said += generate(model, params, prompts, eos_ids=job.tokenizer.eos_ids, first=first, **how)
+    return [replace(one, answer=ids) for one, ids in zip(examples, said, strict=True)]
+
+
+def _rate(job: Job, examples: Sequence[Asked]) -> float:
+    """Return the share of answers that show the behaviour."""
+    pattern = re.compile(job.config.answers.behaviour)
+    return float(np.mean([bool(pattern.search(job.tokenizer.decode(one.answer))) for one in examples]))
+
+
+def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
+    """Return the KL from the unprompted teacher to the student on unrelated text, and on what text."""
+    config, teacher = job.config, job.teacher
+    if teacher is None or not config.answers.unrelated:
+        return {}
+    length = config.data.sequence_length
+    text = data.DataConfig(sources=config.answers.unrelated, sequence_length=length, eval_tokens=min(16 * length, 4096))
+    loader = data.build(text, job.tokenizer, batch_size=config.batch_size)
+    batches = loader.evaluation(config.batch_size)
+    figures = divergence(job.place, job.student, params["student"], teacher, frozen, batches)
+    return {"kl": figures["kl"], "tokens": figures["tokens"], "held_out_sha256": loader.held_out_hash}
+
+
+def _saved(job: Job, student: tuple[Model, Any], examples: Sequence[Asked]) -> Figures:
+    """Return what a request costs less without the prompt: tokens, bytes of the cache, seconds to the first token."""
+    model, c = student[0], student[0].config
+    with_prompt, without = (
+        float(np.mean([len(getattr(one, whose)) for one in examples])) for whose in ("teacher", "student")
+    )
+    seconds = [_seconds(*student, round(tokens)) for tokens in (with_prompt, without)]
+    per_token = 2 * c.layers * c.kv_heads * c.head_width * jax.numpy.dtype(model.dtype).itemsize
+    return {
+        "prompt_tokens": with_prompt - without,
+        "request_tokens": without,
+        "cache_bytes": (with_prompt - without) * per_token,
+        "seconds_with": seconds[0],
+        "seconds_without": seconds[1],
+    }
+
+
+def _seconds(model: Model, params: Any, tokens: int) -> float:
+    """Return how long one prompt of so many tokens takes."""
+    ones_1T = np.ones((1, tokens), np.int32)
+    return tokens / forward_speed(model, params, View(ones_1T, ones_1T, np.arange(tokens, dtype=np.int32)[None]))
