@@ -64,7 +64,9 @@ def write_answers(config: Config, directory: Path) -> Path:
     data.check_fits(tokenizer, teacher.model.config.vocab_size)
     asked = data.questions(config.data, tokenizer, config.answers.count, config.answers.seed)
     _check(asked, config, teacher)
-    progress = {"settings": wanted, "done": 0, "bytes": 0, "dropped": {}} | progress | {"of": len(asked)}
+    if not progress:
+        progress = {"settings": wanted, "done": 0, "bytes": 0, "dropped": {}, "of": len(asked)}
+        write_json(directory / PROGRESS, progress)
     params = teacher.params(place, jax.random.split(jax.random.key(config.seed))[1], teacher.model.dtype)
     log.info("%d prompts, of which %d are answered in %s", len(asked), progress["done"], path)
     with path.open("ab") as file:
@@ -84,10 +86,11 @@ def write_answers(config: Config, directory: Path) -> Path:
 def _settings(config: Config) -> dict[str, Any]:
     """Return what answers depend on, as JSON gives it back."""
     unread = ("batch_size", "student_share", "behaviour", "unrelated")
-    answers = {name: value for name, value in asdict(config.answers).items() if name not in unread}
     shown = ("sources", "tokenizer", "chat_template", "teacher_view", "prompt_field")
-    text = {name: value for name, value in asdict(config.data).items() if name in shown}
-    return json.loads(json.dumps({"answers": answers, "data": text, "teacher": asdict(config.teacher)}))
+    whole = asdict(config)
+    answers = {name: value for name, value in whole["answers"].items() if name not in unread}
+    text = {name: whole["data"][name] for name in shown}
+    return json.loads(json.dumps({"answers": answers, "data": text, "teacher": whole["teacher"]}))
 
 
 def _progress(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -100,13 +103,18 @@ def _progress(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         found = json.loads((directory / PROGRESS).read_text("utf-8"))
         changed = differences_of(found["settings"], wanted)
     except FileNotFoundError:
+        if (directory / ANSWERS).exists():
+            raise UserError(
+                f"{directory / ANSWERS} is there without {PROGRESS}, which says how it came about; move it away to "
+                "sample anew, or train on it: --answers.by data --data.sources jsonl:FILE"
+            ) from None
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / PROGRESS} is damaged ({error}); delete it to sample anew") from None
+        raise UserError(f"{directory / PROGRESS} is damaged ({error}); move both files away to sample anew") from None
     if changed:
         raise UserError(
             f"{directory / ANSWERS} was sampled otherwise ({'; '.join(changed[:3])}); choose another --run-dir, or "
-            f"delete {PROGRESS} there to sample anew"
+            f"move {ANSWERS} and {PROGRESS} away to sample anew"
         )
     return found
 

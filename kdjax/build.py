@@ -127,6 +127,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         process_count=jax.process_count(),
         start_token=student.model.config.start_token,
         labels=student.model.config.labels,
+        room=config.answers.tokens if config.answers.student_share else 0,
     )
     return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))
 
@@ -147,6 +148,11 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
             )
     if config.data.has_views and task != "causal_lm":
         raise UserError(f"data's views are for causal_lm, but the student is made for {task}; leave them out")
+    if config.answers.student_share and (not config.data.has_views or jax.process_count() > 1):
+        raise UserError(
+            "answers.student_share wants prompts, and one process: set data.student_view ('{{ prompt }}' is the bare "
+            "prompt), and run it in one process, or set answers.student_share to 0"
+        )
     if config.data.teacher_view and teacher is None:
         raise UserError("data.teacher_view is set, but the config has no teacher; name one, or set data.student_view")
     if task == "embedding" and config.objective.logits:
@@ -193,6 +199,8 @@ def recipe(config: Config, place: Placement, student: Named, teacher: Named | No
         axis_name=place.axis_name,
         projections=widths,
         adapter_scale=student.adapter_scale,
+        teacher_follows=config.teacher_follows,
+        average_decay=config.average_decay,
     )
 
 

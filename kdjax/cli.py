@@ -260,7 +260,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         name: str, run: Callable[[argparse.Namespace, list[str]], int | None], text: str
     ) -> argparse.ArgumentParser:
         # The help of train with a config is about the config's flags.
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=run not in CONFIGURED)
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, add_help=run not in CONFIGURED
+        )
         command.set_defaults(run=run, print_help=command.print_help)
         return command
 

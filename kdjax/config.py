@@ -50,6 +50,11 @@ class Config:
     """The model that is trained."""
     teacher: ModelSpec | None = None
     """The model that is distilled; none means pre-training."""
+    teacher_follows: Literal["nothing", "average", "student"] = "nothing"
+    """Of a student that starts as its teacher: while it trains it is taught by the teacher as it was, by the moving
+    average of what the student has been, or by what the student is now. Measured is always against the first."""
+    average_decay: float = 0.99
+    """Share of the moving average that a step keeps."""
     data: DataConfig = DataConfig()
     prompt_file: str = ""
     """A text that is distilled as a prompt: the teacher has it as the system's turn, the student does not see it. Takes
@@ -90,6 +95,13 @@ class Config:
             )
         if self.teacher is not None and self.teacher.source == "teacher":
             raise UserError("teacher.source is 'teacher'; name a model (a directory, a known name, a run) or 'random'")
+        if not 0 <= self.average_decay < 1:
+            raise UserError(f"average_decay is {self.average_decay}; wanted at least 0 and below 1")
+        if self.teacher_follows != "nothing" and (self.student.source != "teacher" or self.student.keep_layers):
+            raise UserError(
+                f"teacher_follows is {self.teacher_follows!r}, but the student does not start as the teacher; set "
+                "student.source to teacher and keep all layers"
+            )
         if self.answers.by == "teacher" and self.teacher is None:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.quantize != "none":

@@ -263,8 +263,8 @@ def recovered(summary: Mapping[str, Any]) -> list[str]:
         said.append(f"forgetting: {small(forgetting['kl'])} nats from the unprompted teacher on unrelated text")
     if saved := summary.get("saved"):
         said.append(
-            f"saved per request: {count(saved['prompt_tokens'])} tokens of prompt beside {count(saved['request_tokens'])}"
-            f" that stay, {saved['cache_bytes'] / 1e6:.1f} MB of cache, "
+            f"saved per request: {count(saved['prompt_tokens'])} tokens of prompt beside the "
+            f"{count(saved['request_tokens'])} that stay, {saved['cache_bytes'] / 1e6:.1f} MB of cache, "
             f"{saved['seconds_with'] - saved['seconds_without']:.2f} s to the first token here"
         )
     return said

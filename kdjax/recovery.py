@@ -85,7 +85,8 @@ def _sums(model: Model, signal_of: SignalOf, params: Any, frozen: Any, batch: Ba
     batch = jax.tree.map(jax.numpy.asarray, batch)
     shape = batch.targets_BR.shape
     hidden_ND = pick_rows(model.apply(params, batch.student).hidden_BTD, batch.student_rows_BR)
-    signal, head = signal_of(frozen, batch), model.head(params)
+    signal: Any = signal_of(frozen, batch)
+    head = model.head(params)
 
     def of_row(row: tuple[Array, ...]) -> Array:
         hidden_RD, teacher_RD, targets_R, weight_R = row

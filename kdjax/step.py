@@ -30,6 +30,7 @@ class TrainState:
         opt_state: the optimiser's.
         skipped: updates left out because loss or gradient was not finite, int32.
         skipped_in_a_row: of these, the latest ones without a good one between, int32.
+        slow: the moving average of what is trained of the student, as `student`, where that is the teacher.
     """
 
     step: Array
@@ -37,6 +38,15 @@ class TrainState:
     opt_state: Any
     skipped: Array
     skipped_in_a_row: Array
+    slow: dict[str, Any] = field(default_factory=dict)
+
+
+FOLLOWS = {
+    "nothing": None,
+    "average": lambda state: state.slow["student"],
+    "student": lambda state: state.params["student"],
+}
+"""`Recipe.teacher_follows` -> what is trained of the teacher at a state; None where it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class Recipe:
         axis_name: the axis to sum over when the step runs under pmap.
         projections: name -> (student's width, teacher's width) of each learned projection.
         adapter_scale: what the student's adapters add is multiplied by this.
+        teacher_follows: a row of `FOLLOWS`; training, and only that, is taught by what it gives.
+        average_decay: of the moving average, a step.
     """
 
     model: Model
@@ -68,6 +80,8 @@ class Recipe:
     axis_name: str | None = None
     projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     adapter_scale: float = 1.0
+    teacher_follows: str = "nothing"
+    average_decay: float = 0.99
 
 
 def init_state(recipe: Recipe, student_params: Any) -> TrainState:
@@ -75,7 +89,17 @@ def init_state(recipe: Recipe, student_params: Any) -> TrainState:
     projections = init_projections(recipe.projections, jax.random.key(recipe.seed))
     params = {"student": student_params, "projections": projections}
     counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: the step donates each
-    return TrainState(counts[0], params, recipe.optimizer.init(params), counts[1], counts[2])
+    slow = {"student": jax.tree.map(jnp.copy, student_params)} if recipe.teacher_follows == "average" else {}
+    return TrainState(counts[0], params, recipe.optimizer.init(params), counts[1], counts[2], slow)
+
+
+def taught_by(recipe: Recipe, state: TrainState, frozen: Any) -> Any:
+    """Return the frozen trees with the teacher that a state has: the frozen one, or one that follows the student."""
+    of = FOLLOWS[recipe.teacher_follows]
+    if of is None:
+        return frozen
+    whole = lora.assembled(frozen.get("student", {}), of(state), recipe.adapter_scale)
+    return frozen | {"teacher": lax.stop_gradient(whole)}
 
 
 def student_params(recipe: Recipe, params: Any, frozen: Any) -> Any:
@@ -159,19 +183,21 @@ def step(state: TrainState, frozen: Any, batch: Batch, recipe: Recipe) -> tuple[
     The denominators are data: each part's weight over the whole batch is known before the first microbatch, so that
     microbatches, devices and packed rows only add up. A loss or gradient that is not finite changes no parameter.
     """
-    gradients, metrics = gradient(recipe, state, frozen, batch)
+    gradients, metrics = gradient(recipe, state, taught_by(recipe, state, frozen), batch)
     norm = optax.global_norm(gradients)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
+    params: Any = optax.apply_updates(state.params, updates)
+    slow = optax.incremental_update({name: params[name] for name in state.slow}, state.slow, 1 - recipe.average_decay)
+    params, opt_state, slow = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
+        (params, opt_state, slow),
+        (state.params, state.opt_state, state.slow),
     )
     bad = jnp.where(good, 0, 1)
     in_a_row = bad * (state.skipped_in_a_row + 1)
     metrics |= {"grad_norm": norm, "skipped": state.skipped + bad, "skipped_in_a_row": in_a_row}
-    return TrainState(state.step + 1, params, opt_state, metrics["skipped"], in_a_row), metrics
+    return TrainState(state.step + 1, params, opt_state, metrics["skipped"], in_a_row, slow), metrics
 
 
 def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, dict[str, Array]]:

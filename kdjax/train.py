@@ -27,6 +27,7 @@ from kdjax.evaluate import evaluate
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
 from kdjax.models.open import BASE
+from kdjax.on_policy import is_students, reanswered
 from kdjax.shapes import Batch
 from kdjax.step import TrainState
 
@@ -194,6 +195,8 @@ def _steps(run: Run) -> None:
     run.since = time.perf_counter()
     while run.step < config.steps:
         batch, run.data_state = next(batches)
+        if is_students(run.job, run.step):
+            batch = reanswered(run.job, run.state, run.frozen, batch, run.step)
         run.state, metrics = run.job.step(run.state, run.frozen, run.job.place.put_batch(batch))
         run.step += 1
         run.checkpoints.check()

@@ -1,7 +1,7 @@
 """Data: sources of real text, a held-out split, tokens and weights, packing, and a stream of batches that resumes."""
 
 from kdjax.data.config import DataConfig
-from kdjax.data.packing import Asked, examples_of, in_rows
+from kdjax.data.packing import Asked, examples_of, in_rows, reanswered, rows_of
 from kdjax.data.pipeline import Data, build, merge_states
 from kdjax.data.questions import Question, encode_prompt, questions
 from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer, with_template
@@ -22,6 +22,8 @@ __all__ = [
     "load_tokenizer",
     "merge_states",
     "questions",
+    "reanswered",
+    "rows_of",
     "system_views",
     "trim_tokenizer",
     "with_template",

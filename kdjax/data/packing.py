@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from kdjax.data.config import Packing
+from kdjax.errors import UserError
 from kdjax.shapes import Batch, View
 
 Row = Mapping[str, np.ndarray]
@@ -117,9 +118,55 @@ def _asked(row: Row, number: int) -> Asked:
 
 
 def _parted(row: Row, number: int, name: str, weight: str) -> tuple[list[int], list[int]]:
+    """Return the tokens before the answer, and the answer's, without the room that is kept for a longer one."""
     is_here_T = row[f"{name}_segment_ids"] == number
     tokens, weighs = row[name][is_here_T], row[weight][is_here_T] != 0
-    return tokens[~weighs].tolist(), tokens[weighs].tolist()
+    return tokens[: int(np.argmax(weighs))].tolist(), tokens[weighs].tolist()
+
+
+def rows_of(batch: Batch) -> Sequence[Row]:
+    """Return the rows that `to_batch` made a batch of prompts and answers from."""
+    views = {"": (batch.student, batch.student_rows_BR), "teacher_": (batch.teacher, batch.teacher_rows_BR)}
+    found: list[dict[str, np.ndarray]] = [{} for _ in batch.targets_BR]
+    for prefix, (view, rows_BR) in views.items():
+        if view is None or rows_BR is None:
+            continue
+        for b, row in enumerate(found):
+            counts_R = batch.kd_weight_BR[b] != 0
+            row[f"{prefix}weight"] = np.zeros(view.tokens_BT.shape[1], np.float32)
+            row[f"{prefix}weight"][rows_BR[b][counts_R] + 1] = batch.kd_weight_BR[b][counts_R]
+            names = {"": view.tokens_BT, "_segment_ids": view.segment_BT, "_positions": view.position_BT}
+            row |= {f"{prefix}tokens{suffix}": values_BT[b] for suffix, values_BT in names.items()}
+    return found
+
+
+def reanswered(rows: Sequence[Row], answers: Sequence[list[int]]) -> Batch:
+    """Return the batch of packed rows whose examples have other answers, in the order of `examples_of`.
+
+    These are no targets: only what a teacher says of them is learned, so the cross entropy weighs nothing.
+
+    Raises:
+        UserError: an answer is longer than the room after its prompt.
+    """
+    rows, left = [{name: values.copy() for name, values in row.items()} for row in rows], iter(answers)
+    for row in rows:
+        for number in range(1, int(row["tokens_segment_ids"].max(initial=0)) + 1):
+            answer = next(left)
+            for prefix in ("", "teacher_") if "teacher_tokens" in row else ("",):
+                _put_answer(row, prefix, number, answer)
+    batch = to_batch(rows)
+    return dataclasses.replace(batch, ce_weight_BR=np.zeros_like(batch.ce_weight_BR))
+
+
+def _put_answer(row: dict[str, np.ndarray], prefix: str, number: int, answer: list[int]) -> None:
+    weight_T = row[f"{prefix}weight"]
+    at = np.flatnonzero(row[f"{prefix}tokens_segment_ids"] == number)
+    at = at[int(np.argmax(weight_T[at] != 0)) :]
+    if len(answer) > len(at):
+        raise UserError(f"an answer of {len(answer)} tokens was given, but its row has room for {len(at)}")
+    weight_T[at] = 0
+    row[f"{prefix}tokens"][at[: len(answer)]] = answer
+    weight_T[at[: len(answer)]] = 1
 
 
 def in_rows(examples: Sequence[Asked], unit: int = 32) -> Batch:

@@ -148,6 +148,7 @@ def build(
     process_count: int = 1,
     start_token: int = 0,
     labels: int = 0,
+    room: int = 0,
 ) -> Data:
     """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
 
@@ -159,6 +160,7 @@ def build(
         process_count: how many there are.
         start_token: that a decoder beside an encoder begins with.
         labels: how many classes a classifier tells apart.
+        room: tokens that each answer to a view has room for at least, so that it can be given anew.
 
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
@@ -172,6 +174,7 @@ def build(
         start_token=start_token,
         labels=labels,
         views=load_views(config),
+        room=room,
     )
     sources = [open_source(name) for name in config.sources]
     split = split_documents(sources, config)

@@ -20,7 +20,6 @@ from kdjax.data.examples import Example
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
 
-
 SCRATCHPAD = "scratchpad"
 """The column of what a teacher wrote before its answer; in a template it is empty where a row has none."""
 
@@ -53,8 +52,10 @@ def _template(name: str, text: str) -> str:
         raise UserError(f"data.{name} {text[1:]} cannot be read: {error}") from None
 
 
-def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[str, np.ndarray]:
+def encode_views(example: Example, tokenizer: Tokenizer, views: Views, room: int = 0) -> dict[str, np.ndarray]:
     """Return `tokens` and `weight` of the student's view, and of the teacher's if it has its own; answers weigh 1.
+
+    After a shorter answer there is `room` for another one of so many tokens, of weight 0.
 
     Raises:
         UserError: no prompt with an answer, a template that fails, or an answer that is other tokens in the two views.
@@ -62,7 +63,8 @@ def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[s
     if example.kind != "answer":
         raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
     prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer)
-    encoded = _weighed("", prompt, answer)
+    spare = [tokenizer.eos_id] * (room - len(answer))
+    encoded = _weighed("", prompt, answer, spare)
     if not views.teacher:
         return encoded
     other, same = _seen("teacher", views.teacher, example, tokenizer)
@@ -71,7 +73,7 @@ def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[s
             f"its answer is other tokens in the teacher's view ({len(same)}) than in the student's ({len(answer)}), so "
             "they cannot be compared one by one; use chat() in both views or in neither"
         )
-    return encoded | _weighed("teacher_", other, same)
+    return encoded | _weighed("teacher_", other, same, spare)
 
 
 def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tuple[list[int], list[int]]:
@@ -91,9 +93,10 @@ def system_views(prompt: str) -> Views:
     return Views(f"{{{{ chat([{turns}]) }}}}", f"{{{{ chat([{system}, {turns}]) }}}}")
 
 
-def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, np.ndarray]:
-    weight = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)])
-    return {f"{prefix}tokens": np.array([*prompt, *answer], np.int32), f"{prefix}weight": weight}
+def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int], spare: Sequence[int]) -> dict[str, np.ndarray]:
+    weight = np.zeros(len(prompt) + len(answer) + len(spare), np.float32)
+    weight[len(prompt) : len(prompt) + len(answer)] = 1
+    return {f"{prefix}tokens": np.array([*prompt, *answer, *spare], np.int32), f"{prefix}weight": weight}
 
 
 def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
