@@ -42,7 +42,7 @@ def test_it_is_one_minus_the_ratio_of_both_divergences_in_float64(job):
     state, frozen = job.start(), job.frozen()
     key = iter(jax.random.split(jax.random.key(3), 100))
     params = {  # adapters that do something
-        path: x + 0.05 * jax.random.normal(next(key), x.shape) for path, x in parameter_paths(state.params).items()
+        path: x + 0.003 * jax.random.normal(next(key), x.shape) for path, x in parameter_paths(state.params).items()
     }
     found = recovery(job, nested(params), frozen)
     file = open_model(job.config.teacher.source)
@@ -50,7 +50,7 @@ def test_it_is_one_minus_the_ratio_of_both_divergences_in_float64(job):
     student, held = student_params(job.recipe, nested(params), frozen), data.examples_of(job.data.held_out)
     plain, distilled = (sum(exact(model, whole, tree, one) for one in held) for tree in (whole, student))
     assert found["recovered"] == pytest.approx(1 - distilled / plain, abs=2e-3)
-    assert found["recovered"] < 0.5 and found["recovered_prompts"] == len(held) > 4
+    assert found["recovered"] < 0.5 and found["recovered_prompts"] == len(held) > 3
     low, high = found["recovered_interval"]
     assert low < found["recovered"] < high
     assert set(found["behaviour"]) == {"prompted", "unprompted", "distilled"} and not found["forgetting"]
