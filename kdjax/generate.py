@@ -6,7 +6,7 @@ Decoding comes back to the host once in a block of tokens: there text is shown a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from kdjax.errors import UserError
 from kdjax.losses import head_logits
-from kdjax.models import Cache, Model
+from kdjax.models import Cache, Model, Prefix, prefix_of
 from kdjax.sampling import Sampling, choose
 from kdjax.shapes import Array, View
 
 PROMPT_UNIT = 32
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+"""Prompts are padded to a multiple of this, and what they share is cut to one, so that few lengths are compiled."""
 
 BLOCK = 16
 """So many tokens a row are decoded between two looks of the host."""
@@ -39,16 +39,17 @@ def generate(
     seed: int = 0,
     eos_ids: Sequence[int] = (),
     first: int = 0,
+    prefix: Prefix | None = None,
 ) -> list[list[int]]:
     """Return each prompt's continuation, up to and with the first of `eos_ids`; of an encoder-decoder what it answers.
 
-    The prompts are numbered from `first` on, which their draws go by.
+    The prompts are numbered from `first` on, which their draws go by; a `prefix` stands before every prompt.
 
     Raises:
         UserError: for an empty or over-long prompt, a token outside the vocabulary, or a bad sampling value.
     """
     how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_ids": eos_ids, "first": first}
-    blocks = stream(model, params, prompts, **how)
+    blocks = stream(model, params, prompts, **how, prefix=prefix)
     rows: list[list[int]] = [[] for _ in prompts]
     for block in blocks:
         for row, new in zip(rows, block, strict=True):
@@ -78,11 +79,12 @@ def stream(
     seed: int = 0,
     eos_ids: Sequence[int] = (),
     first: int = 0,
+    prefix: Prefix | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield each prompt's next tokens, at most `BLOCK` a time and none after its end; then the next ones.
 
     A draw depends on the seed, the prompt's number (`first` and after) and the step alone. What all prompts begin with
-    is computed once.
+    is computed once; a `prefix` stands before that.
 
     Raises:
         UserError: as `generate` does.
@@ -90,15 +92,19 @@ def stream(
     sampling.check()
     if not prompts:
         return
-    check_prompts(model, prompts, max_new_tokens)
+    held = 0 if prefix is None else prefix.tokens
+    check_prompts(model, prompts, max_new_tokens, held)
     params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(len(prompts)))
-    view = _left_padded(prompts)
     if model.config.encoder_layers:
-        view = replace(_left_padded([[model.config.start_token]] * len(prompts), unit=1), encoder=view)
-    rest, prefix = _shared_prefix(model, prompts, view)
-    how, slots = (model, sampling, tuple(eos_ids)), view.tokens_BT.shape[1] + max_new_tokens
-    state = _prefill(*how, slots, params, rest, prefix, keys_B)
+        start = _left_padded([[model.config.start_token]] * len(prompts), unit=1)
+        view = replace(start, encoder=_left_padded(prompts))
+    else:
+        shared = _shared(model, prompts)
+        prefix = prefix_of(model, params, shared, prefix) if shared else prefix
+        view = _left_padded([prompt[len(shared) :] for prompt in prompts])
+    how = model, sampling, tuple(eos_ids)
+    state = _prefill(*how, max_new_tokens, params, view, prefix, keys_B)
     new_BN, is_over_B, number = np.asarray(state.token_B)[:, None], np.zeros(len(prompts), bool), 1
     while True:
         yield [[] if over else _until_eos(new, eos_ids) for new, over in zip(new_BN.tolist(), is_over_B, strict=True)]
@@ -124,8 +130,8 @@ def settled(text: str, stop: Sequence[str], is_over: bool) -> tuple[str, bool]:
     return text[: len(text) - max(held, default=0)], False
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Check that a model can go on with prompts.
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, held: int = 0) -> None:
+    """Check that a model can go on with prompts behind a prefix of `held` tokens.
 
     Raises:
         UserError: an encoder, an empty or over-long prompt, a token outside the vocabulary, no token asked for.
@@ -141,9 +147,10 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             bad = min(prompt) if min(prompt) < 0 else max(prompt)
             raise UserError(f"prompt {number} has token {bad}, outside the model's vocabulary of {vocab_size}")
-        if not model.config.encoder_layers and len(prompt) + max_new_tokens > limit:
+        if not model.config.encoder_layers and held + len(prompt) + max_new_tokens > limit:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for; "
+                f"prompt {number} has {len(prompt)} tokens{f' behind a prefix of {held}' if held else ''} and "
+                f"{max_new_tokens} new ones were asked for; "
                 f"the model holds {limit} positions: shorten the prompt or lower max_new_tokens"
             )
 
@@ -159,36 +166,14 @@ def _left_padded(prompts: Sequence[Sequence[int]], unit: int = PROMPT_UNIT) -> V
     return View(tokens_BT, segment_BT, position_BT)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Prefix:
-    """What all prompts begin with: one row of tokens, the slot where each prompt begins, the slots it fills."""
-
-    view: View
-    first_B: Array
-    slots: int = field(metadata={"static": True})
-
-
-def _shared_prefix(model: Model, prompts: Sequence[Sequence[int]], view: View) -> tuple[View, _Prefix | None]:
-    """Return the last columns of the view, and what stands before them where that is the same in all prompts.
-
-    It is not shared where angles depend on how long the whole text is.
-    """
-    ropes = [rope for rope in (model.config.rope, model.config.local_rope) if rope is not None]
-    if len(prompts) == 1 or model.config.encoder_layers or any(rope.scaling == "dynamic" for rope in ropes):
-        return view, None
-    shortest, width = min(prompts, key=len), view.tokens_BT.shape[1]
+def _shared(model: Model, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return what several prompts all begin with, a token of each left over; nothing where a model takes no prefix."""
+    if len(prompts) == 1 or model.config.why_no_prefix:
+        return []
+    shortest = min(prompts, key=len)
     differ = (n for n, token in enumerate(shortest) if any(prompt[n] != token for prompt in prompts))
-    shared = next(differ, len(shortest))
-    shared = min(shared, len(shortest) - 1)
-    columns = _padded(max(map(len, prompts)) - shared)
-    if columns >= width:
-        return view, None
-    tokens_1T, segment_1T = np.zeros((2, 1, _padded(shared)), np.int32)
-    tokens_1T[0, :shared], segment_1T[0, :shared] = shortest[:shared], 1
-    row = View(tokens_1T, segment_1T, np.arange(tokens_1T.shape[1], dtype=np.int32)[None])
-    first_B = width - np.array([len(prompt) for prompt in prompts])
-    return jax.tree.map(lambda x_BT: x_BT[:, -columns:], view), _Prefix(row, first_B, width - columns)
+    same = min(next(differ, len(shortest)), len(shortest) - 1)
+    return shortest[: same // PROMPT_UNIT * PROMPT_UNIT]
 
 
 def _padded(length: int, unit: int = PROMPT_UNIT) -> int:
@@ -205,32 +190,37 @@ def _prefill(
     model: Model,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-    slots: int,
+    max_new_tokens: int,
     params: dict,
     view: View,
-    prefix: _Prefix | None,
+    prefix: Prefix | None,
     keys_B: Array,
 ) -> _State:
-    """Return the state once the prompts are read and their first tokens are chosen."""
-    cache = model.empty_cache(view.tokens_BT.shape[0], slots)
+    """Return the state once the prompts are read and their first tokens are chosen.
+
+    Slots for the prefix are left free before the prompts', and filled with it afterwards.
+    """
+    (rows, width), held = view.tokens_BT.shape, 0 if prefix is None else prefix.tokens
+    cache = replace(model.empty_cache(rows, held + width + max_new_tokens), used=jnp.int32(held))
+    token_B, cache = _next(model, sampling, params, view, cache, keys_B, 0, prefix)
     if prefix is not None:
-        cache = _spread(model, params, prefix, cache)
-    token_B, cache = _next(model, sampling, params, view, cache, keys_B, 0)
-    position_B = jnp.asarray(view.position_BT)[:, -1] + 1
+        cache = _spread(prefix, cache, jnp.argmax(jnp.asarray(view.segment_BT) > 0, axis=1))
+    position_B = jnp.asarray(view.position_BT)[:, -1] + 1 + held
     return _State(token_B, position_B, cache, _is_end(token_B, eos_ids), jnp.int32(1))
 
 
-def _spread(model: Model, params: dict, prefix: _Prefix, cache: Cache) -> Cache:
-    """Return the empty cache with the prefix, computed once, in the first slots of each row, where its text begins."""
-    seen = model.apply(params, prefix.view, cache=model.empty_cache(1, prefix.view.tokens_BT.shape[1])).cache
-    place_BS = jnp.arange(prefix.slots)[None, :] - prefix.first_B[:, None]
+def _spread(prefix: Prefix, cache: Cache, first_B: Array) -> Cache:
+    """Return the cache with the prefix in the slots before each row's prompt, which padding may have: from `first_B`.
 
-    def filled(old_LBSGK: Array, new_L1SGK: Array) -> Array:
-        return old_LBSGK.at[:, :, : prefix.slots].set(new_L1SGK[:, 0, jnp.maximum(place_BS, 0)])
+    So slots are apart what positions are, which windows and biases go by.
+    """
+    rows_B1, slots_BP = jnp.arange(len(first_B))[:, None], first_B[:, None] + jnp.arange(prefix.tokens)[None]
 
-    segment_BS = cache.segment_BS.at[:, : prefix.slots].set(place_BS >= 0)
-    own = jax.tree.map(filled, cache.own, seen.own)
-    return replace(cache, own=own, segment_BS=segment_BS, used=jnp.int32(prefix.slots))
+    def filled(old_LBSGK: Array, new_LBPGK: Array) -> Array:
+        return old_LBSGK.at[:, rows_B1, slots_BP].set(new_LBPGK.astype(old_LBSGK.dtype))
+
+    own = filled(cache.own[0], prefix.k_LBPGK), filled(cache.own[1], prefix.v_LBPGK)
+    return replace(cache, own=own, segment_BS=cache.segment_BS.at[rows_B1, slots_BP].set(1))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
@@ -263,10 +253,17 @@ def _decode(
 
 
 def _next(
-    model: Model, sampling: Sampling, params: dict, view: View, cache: Cache, keys_B: Array, number: Array | int
+    model: Model,
+    sampling: Sampling,
+    params: dict,
+    view: View,
+    cache: Cache,
+    keys_B: Array,
+    number: Array | int,
+    prefix: Prefix | None = None,
 ) -> tuple[Array, Cache]:
     """Return the token that follows each row of the view, and the cache with the view in it."""
-    output = model.apply(params, view, cache=cache)
+    output = model.apply(params, view, cache=cache, prefix=prefix)
     logits_BV = head_logits(output.hidden_BTD[:, -1], model.head(params))
     return choose(logits_BV, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)), output.cache
 

@@ -30,7 +30,7 @@ DIMENSIONS = {
     "R": "rows (positions) picked of an example",
     "S": "slots of a key/value cache",
     "C": "tokens of a chunk",
-    "P": "picks of a top-k, or draws",
+    "P": "picks of a top-k, draws, or tokens of a prefix",
     "A": "microbatches of a step",
     "M": "layers of the encoder in an encoder-decoder",
     "U": "buckets of distances",

@@ -116,7 +116,7 @@ PREFIXED = {
 def test_a_shared_prefix_is_computed_once_and_changes_nothing(name, monkeypatch):
     model, params = sharp(PREFIXED[name])
     prompts, spread = [SHARED + prompt for prompt in PROMPTS], []
-    monkeypatch.setattr(decoding, "_spread", lambda *a, f=decoding._spread: spread.append(a[2].slots) or f(*a))
+    monkeypatch.setattr(decoding, "_spread", lambda *a, f=decoding._spread: spread.append(a[0].tokens) or f(*a))
     rows = generate(model, params, prompts, max_new_tokens=6)
     assert spread == [32]
     assert rows == [generate(model, params, [prompt], max_new_tokens=6)[0] for prompt in prompts]

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from kdjax.errors import UserError
+from kdjax.models.config import ModelConfig
 from kdjax.shapes import Array
+
+PREFIX_SEGMENT = -1
+"""The segment of a prefix's slots, which real tokens of every segment see."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,25 +28,42 @@ class Sight:
 
     Attributes:
         query_segment_BT: segments of the queries.
-        key_segment_BS: segments of the keys; without a cache, those of the queries.
-        back_TS: how many slots a key lies before a query; negative where it comes after.
+        key_segment_BS: segments of the keys; without cache or prefix, those of the queries.
+        back_BTS: how many tokens a key lies before a query; negative where it comes after. B is 1 where all rows agree.
         mask_B1TS: all that a query may see; a kernel that goes by segments leaves it unread.
-        bias_1HTS: added to the scores, float32; None is nothing.
+        bias_BHTS: added to the scores, float32; None is nothing.
         scale: factor on the scores; None is one over the root of the head width.
         soft_cap: c in ``c·tanh(score/c)``, or None.
     """
 
     query_segment_BT: Array
     key_segment_BS: Array
-    back_TS: Array
+    back_BTS: Array
     mask_B1TS: Array
-    bias_1HTS: Array | None = None
+    bias_BHTS: Array | None = None
     scale: float | None = field(default=None, metadata={"static": True})
     soft_cap: float | None = field(default=None, metadata={"static": True})
 
     def within(self, window: Array | int) -> Sight:
         """Return the sight of what lies fewer than `window` tokens back, or ahead where that is seen."""
-        return replace(self, mask_B1TS=self.mask_B1TS & (jnp.abs(self.back_TS) < window)[None, None])
+        return replace(self, mask_B1TS=self.mask_B1TS & (jnp.abs(self.back_BTS) < window)[:, None])
+
+    def behind(self, position_BT: Array, slots: int) -> Sight:
+        """Return the sight of the same queries with a prefix in so many slots before the keys: real ones see all of it.
+
+        Distances to it go by `position_BT`, which counts from the prefix's first token, and not by slots.
+        """
+        is_real_BT, (rows, tokens) = self.query_segment_BT > 0, position_BT.shape
+        back_BTP = position_BT[:, :, None] - jnp.arange(slots)[None, None]
+        back_BTS = jnp.broadcast_to(self.back_BTS, (rows, tokens, self.back_BTS.shape[-1]))
+        seen_B1TP = jnp.broadcast_to(is_real_BT[:, None, :, None], (rows, 1, tokens, slots))
+        segment_BP = jnp.full((rows, slots), PREFIX_SEGMENT, jnp.int32)
+        return replace(
+            self,
+            key_segment_BS=jnp.concatenate([segment_BP, self.key_segment_BS], axis=1),
+            back_BTS=jnp.concatenate([back_BTP, back_BTS], axis=2),
+            mask_B1TS=jnp.concatenate([seen_B1TP, self.mask_B1TS], axis=3),
+        )
 
 
 Attention = Callable[[Array, Array, Array, Sight], Array]
@@ -53,19 +75,19 @@ def see(query_segment_BT: Array, key_segment_BS: Array, first_slot: Array | int 
     back_TS = (first_slot + jnp.arange(tokens))[:, None] - jnp.arange(slots)[None, :]
     same_BTS = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
     seen_BTS = same_BTS & (back_TS >= 0)[None] if causal else same_BTS
-    return Sight(query_segment_BT, key_segment_BS, back_TS, seen_BTS[:, None])
+    return Sight(query_segment_BT, key_segment_BS, back_TS[None], seen_BTS[:, None])
 
 
 def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Sight) -> Array:
     """Return scaled dot-product attention, softmax in float32: cuDNN's flash kernel where it can, XLA elsewhere."""
     if sight.soft_cap is not None:
         return _capped(q_BTHK, k_BSGK, v_BSGK, sight, sight.soft_cap)
-    implementation = "cudnn" if sight.bias_1HTS is None and _cudnn_can(q_BTHK, k_BSGK) else "xla"
+    implementation = "cudnn" if sight.bias_BHTS is None and _cudnn_can(q_BTHK, k_BSGK) else "xla"
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,
         v_BSGK,
-        bias=sight.bias_1HTS,
+        bias=sight.bias_BHTS,
         mask=sight.mask_B1TS,
         scale=sight.scale,
         implementation=implementation,
@@ -109,3 +131,40 @@ class Cache:
     used: Array
     encoder: tuple[Array, Array] | None = None
     encoder_segment_BS: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of P tokens that stand before every example of a row, as attention sees them (keys rotated).
+
+    They count from position 0, what stands behind them from position P. Made of a prompt by `prefix_of`, or trained.
+
+    Attributes:
+        k_LBPGK: the keys of all layers; B is 1 where all rows have the same prefix.
+        v_LBPGK: the values.
+    """
+
+    k_LBPGK: Array
+    v_LBPGK: Array
+
+    @property
+    def tokens(self) -> int:
+        """P."""
+        return self.k_LBPGK.shape[2]
+
+    def check(self, config: ModelConfig, rows: int) -> None:
+        """Check that it is of such a model, for so many rows.
+
+        Raises:
+            UserError: it is not, or the model takes none.
+        """
+        config.check_prefix()
+        c = config
+        for name, array in (("keys", self.k_LBPGK), ("values", self.v_LBPGK)):
+            got = tuple(array.shape)
+            if got not in [(c.layers, batch, self.tokens, c.kv_heads, c.head_width) for batch in (1, rows)]:
+                raise UserError(
+                    f"the prefix's {name} have shape {got}; wanted [{c.layers} layers, 1 or {rows} rows, {self.tokens} "
+                    f"tokens, {c.kv_heads} heads, {c.head_width} wide], as prefix_of makes them"
+                )

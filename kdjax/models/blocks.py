@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kdjax.models.attention import Attention, Sight
+from kdjax.models.attention import Attention, Prefix, Sight
 from kdjax.models.config import ModelConfig
 from kdjax.models.experts import Dispatch, Experts
 from kdjax.models.layers import Layout, Linear, Mlp, Norm, branch_std, dropout
@@ -59,6 +59,8 @@ class Own:
     window: Array | None
     is_rotated: Array | None
     is_normed: Array | None
+    prefix: Prefix | None = None
+    """What stands before every example; one layer's has no axis L."""
 
 
 class SelfAttention(nn.Module):
@@ -92,6 +94,8 @@ class SelfAttention(nn.Module):
             at = own.number, 0, shared.first_slot, 0, 0
             slots = _put(slots[0], k_BSGK, at), _put(slots[1], v_BSGK, at)
             k_BSGK, v_BSGK = slots[0][own.number], slots[1][own.number]
+        if own.prefix is not None:
+            k_BSGK, v_BSGK = _behind(own.prefix.k_LBPGK, k_BSGK), _behind(own.prefix.v_LBPGK, v_BSGK)
         sight = shared.sight if window is None else shared.sight.within(jnp.where(window > 0, window, _ALL))
         y_BTHK = self.attention(q_BTHK, k_BSGK, v_BSGK, sight)
         return put_out(c, self.dtype, self.layout, y_BTHK), seen, slots
@@ -134,6 +138,12 @@ def put_out(c: ModelConfig, dtype: Any, layout: Layout, y_BTHK: Array) -> Array:
 def _put(old_LBSGK: Array, new_BTGK: Array, at: tuple[Array | int, ...]) -> Array:
     """Return the slots of all layers with the new tokens in one of them: in place, where the old ones are not kept."""
     return jax.lax.dynamic_update_slice(old_LBSGK, new_BTGK[None].astype(old_LBSGK.dtype), at)
+
+
+def _behind(prefix_BPGK: Array, x_BSGK: Array) -> Array:
+    """Return the prefix's keys or values with the row's own after them."""
+    first_BPGK = jnp.broadcast_to(prefix_BPGK, (x_BSGK.shape[0], *prefix_BPGK.shape[1:]))
+    return jnp.concatenate([first_BPGK.astype(x_BSGK.dtype), x_BSGK], axis=1)
 
 
 class Layer(nn.Module):

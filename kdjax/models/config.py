@@ -162,6 +162,27 @@ class ModelConfig:
             return "classification"
         return "embedding" if self.head_transform == "none" else "masked_lm"
 
+    @property
+    def why_no_prefix(self) -> str:
+        """Why keys and values of a text's beginning are not the same whatever follows; empty where they are."""
+        if self.encoder_layers:
+            return "it is an encoder-decoder, whose decoder reads its prompt through the encoder"
+        if not self.causal:
+            return "it is an encoder, where what comes first sees what follows"
+        ropes = (self.rope, self.local_rope if self.windows else None) if self.positions == "rope" else ()
+        if any(rope is not None and rope.scaling == "dynamic" for rope in ropes):
+            return "its rotary angles (dynamic) go by the length of the whole text"
+        return ""
+
+    def check_prefix(self) -> None:
+        """Check that it takes a prefix.
+
+        Raises:
+            UserError: it takes none.
+        """
+        if self.why_no_prefix:
+            raise UserError(f"the model takes no prefix: {self.why_no_prefix}; put the prompt into each row")
+
     def __post_init__(self) -> None:
         """Check what no Transformer can be built from."""
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "max_positions")

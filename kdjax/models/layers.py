@@ -107,13 +107,30 @@ class RelativeBias(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, back_TS: Array) -> Array:
-        """Return the biases, float32, [1, H, T, S]. Paper: Raffel et al. 2019, T5, arXiv:1910.10683, section 2.1."""
+    def __call__(self, back_BTS: Array) -> Array:
+        """Return the biases, float32, [B, H, T, S]. Paper: Raffel et al. 2019, T5, arXiv:1910.10683, section 2.1."""
         c = self.config
         dims = ((None, c.relative_buckets), ("heads", c.heads))
         table = parameter(self, "embedding", nn.initializers.normal(INIT_STD), dims)
-        buckets_TS = relative_buckets(back_TS, c.relative_buckets, c.relative_distance, c.causal)
-        return jnp.moveaxis(table.astype(jnp.float32)[buckets_TS], -1, 0)[None]
+        buckets_BTS = relative_buckets(back_BTS, c.relative_buckets, c.relative_distance, c.causal)
+        return jnp.moveaxis(table.astype(jnp.float32)[buckets_BTS], -1, 1)
+
+
+class HeadParameters(nn.Module):
+    """The parameters of a head, which the loss applies."""
+
+    inputs: Dims
+    outputs: tuple[str | None, int]
+    kernel: bool
+    bias: bool
+
+    @nn.compact
+    def __call__(self) -> None:
+        """Declare those that there are."""
+        if self.kernel:
+            parameter(self, "kernel", nn.initializers.normal(INIT_STD), (*self.inputs, self.outputs))
+        if self.bias:
+            parameter(self, "bias", nn.initializers.zeros, (self.outputs,))
 
 
 class Norm(nn.Module):

@@ -51,8 +51,8 @@ def sinusoids(position_BT: Array, width: int) -> Array:
     return pairs.reshape(*position_BT.shape, -1)[:, :, :width]
 
 
-def alibi(heads: int, back_TS: Array) -> Array:
-    """Return biases on scores that fall with distance, by a slope of each head, float32, [1, H, T, S].
+def alibi(heads: int, back_BTS: Array) -> Array:
+    """Return biases on scores that fall with distance, by a slope of each head, float32, [B, H, T, S].
 
     Slopes are 2^(-8h/n) for n heads, a power of two; for other numbers those of the power below, and of twice that
     every second one. Paper: Press et al. 2021, ALiBi, arXiv:2108.12409, section 3 and its code.
@@ -63,24 +63,24 @@ def alibi(heads: int, back_TS: Array) -> Array:
 
     power = 2 ** int(math.log2(heads))
     of_head = jnp.array(slopes(power) + slopes(2 * power)[::2][: heads - power], jnp.float32)
-    return -(of_head[:, None, None] * jnp.abs(back_TS)[None].astype(jnp.float32))[None]
+    return -(of_head[None, :, None, None] * jnp.abs(back_BTS)[:, None].astype(jnp.float32))
 
 
-def relative_buckets(back_TS: Array, buckets: int, distance: int, causal: bool) -> Array:
+def relative_buckets(back_BTS: Array, buckets: int, distance: int, causal: bool) -> Array:
     """Return the bucket of each distance: one each for short ones, ever wider ones up to `distance` and beyond.
 
     Without the causal half the buckets' second half is for keys that come after.
     Source: Raffel et al. 2019, T5, arXiv:1910.10683, section 2.1, and its code.
     """
-    first_TS = jnp.zeros_like(back_TS)
+    first_BTS = jnp.zeros_like(back_BTS)
     if not causal:
         buckets //= 2
-        first_TS = jnp.where(back_TS < 0, buckets, 0)
-    back_TS = jnp.maximum(back_TS, 0) if causal else jnp.abs(back_TS)
+        first_BTS = jnp.where(back_BTS < 0, buckets, 0)
+    back_BTS = jnp.maximum(back_BTS, 0) if causal else jnp.abs(back_BTS)
     exact = buckets // 2
-    ratio_TS = jnp.log(jnp.maximum(back_TS, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
-    wide_TS = jnp.minimum(exact + (ratio_TS * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return first_TS + jnp.where(back_TS < exact, back_TS, wide_TS)
+    ratio_BTS = jnp.log(jnp.maximum(back_BTS, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
+    wide_BTS = jnp.minimum(exact + (ratio_BTS * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return first_BTS + jnp.where(back_BTS < exact, back_BTS, wide_BTS)
 
 
 def _length(position_BT: Array, segment_BT: Array) -> Array:

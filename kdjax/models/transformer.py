@@ -15,22 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.errors import UserError, did_you_mean
-from kdjax.models.attention import Attention, Cache, attend, see
+from kdjax.models.attention import Attention, Cache, Prefix, attend, see
 from kdjax.models.blocks import Layer, Own, Shared
 from kdjax.models.config import DType, ModelConfig, Remat
 from kdjax.models.experts import Dispatch, here
 from kdjax.models.layers import (
     ACTIVATIONS,
-    INIT_STD,
-    Dims,
     Embedding,
+    HeadParameters,
     Layout,
     Linear,
     Norm,
     RelativeBias,
     anywhere,
     dropout,
-    parameter,
 )
 from kdjax.models.positions import alibi, rope_waves, sinusoids
 from kdjax.models.quantize import dequantized
@@ -71,6 +69,7 @@ class Stack(nn.Module):
         row_keys_B: Array | None,
         encoded_BSD: Array | None = None,
         cache: Cache | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, dict[str, Array], dict[str, Array], Cache | None]:
         """Return the hidden states, the taps, further sums, and the cache with these tokens added."""
         c, first_slot, slots, encoder_slots = self.config, 0, None, None
@@ -81,10 +80,12 @@ class Stack(nn.Module):
             encoder_segment_BS = cache.encoder_segment_BS if encoder_segment_BS is None else encoder_segment_BS
         sight = see(view.segment_BT, segment_BS, first_slot, causal=c.causal)
         sight = replace(sight, scale=c.attention_scale, soft_cap=c.attention_soft_cap)
+        if prefix is not None:
+            sight = sight.behind(view.position_BT, prefix.tokens)
         if c.positions == "alibi":
-            sight = replace(sight, bias_1HTS=alibi(c.heads, sight.back_TS))
+            sight = replace(sight, bias_BHTS=alibi(c.heads, sight.back_BTS))
         if c.positions == "relative":
-            sight = replace(sight, bias_1HTS=RelativeBias(c, name="relative")(sight.back_TS))
+            sight = replace(sight, bias_BHTS=RelativeBias(c, name="relative")(sight.back_BTS))
         encoder_sight = None
         if c.encoder_layers:
             if encoder_segment_BS is None:
@@ -99,7 +100,8 @@ class Stack(nn.Module):
             jnp.array([n not in without for n in range(c.layers)]) if without else None
             for without in (c.unrotated, c.unnormed)
         )
-        own = Own(jnp.arange(c.layers), jnp.array(c.windows) if c.windows else None, is_rotated_L, is_normed_L)
+        windows_L = jnp.array(c.windows) if c.windows else None
+        own = Own(jnp.arange(c.layers), windows_L, is_rotated_L, is_normed_L, prefix)
         is_real_BT = view.segment_BT > 0
         shared = Shared(sight, waves, local_waves, first_slot, row_keys_B, is_real_BT, encoded_BSD, encoder_sight)
         layers = self._layers()(c, self.dtype, self.attention, self.layout, self.dispatch, self.taps, name="layers")
@@ -127,23 +129,6 @@ class Stack(nn.Module):
         )
 
 
-class HeadParameters(nn.Module):
-    """The parameters of a head, which the loss applies."""
-
-    inputs: Dims
-    outputs: tuple[str | None, int]
-    kernel: bool
-    bias: bool
-
-    @nn.compact
-    def __call__(self) -> None:
-        """Declare those that there are."""
-        if self.kernel:
-            parameter(self, "kernel", nn.initializers.normal(INIT_STD), (*self.inputs, self.outputs))
-        if self.bias:
-            parameter(self, "bias", nn.initializers.zeros, (self.outputs,))
-
-
 class Transformer(Stack):
     """Embedding, the layers, what stands before the head; the head's kernel is declared here and applied by the loss.
 
@@ -151,16 +136,24 @@ class Transformer(Stack):
     """
 
     @nn.compact
-    def __call__(self, view: View, cache: Cache | None = None, row_keys_B: Array | None = None) -> Output:
+    def __call__(
+        self,
+        view: View,
+        cache: Cache | None = None,
+        row_keys_B: Array | None = None,
+        prefix: Prefix | None = None,
+    ) -> Output:
         """Return hidden states as the head takes them, taps stacked by layer, and the cache with these tokens added."""
         c = self.config
         embed, encoded_BSD = self._embedding(), None
+        if prefix is not None:
+            view = replace(view, position_BT=view.position_BT + prefix.tokens)
         if view.encoder is not None:
             keys_B = None if row_keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, 1)
             run = self.remat, self.attention, self.layout, self.dispatch
             encoder = Stack(encoder_config(c), self.dtype, *run, name="encoder")
             encoded_BSD = encoder(embed(view.encoder, keys_B), view.encoder, keys_B)
-        x_BTD, taps, aux, cache = self._run(embed(view, row_keys_B), view, row_keys_B, encoded_BSD, cache)
+        x_BTD, taps, aux, cache = self._run(embed(view, row_keys_B), view, row_keys_B, encoded_BSD, cache, prefix)
         return Output(self._before_head(x_BTD), taps, aux, cache)
 
     def _embedding(self) -> Callable[[View, Array | None], Array]:
@@ -250,6 +243,7 @@ class Model:
         taps: tuple[str, ...] = (),
         cache: Cache | None = None,
         row_keys_B: Array | None = None,
+        prefix: Prefix | None = None,
     ) -> Output:
         """Return hidden states as the head takes them, in the compute dtype.
 
@@ -259,11 +253,18 @@ class Model:
             taps: names out of `TAPS`; each comes back stacked by layer, [L, B, T, ...].
             cache: from `empty_cache` or an earlier call; this call's tokens are added to it.
             row_keys_B: a PRNG key for each row, which turns dropout on.
+            prefix: what stands before every example of each row: real tokens of every segment see all of it, in a layer
+                with a window what of it lies in that. Positions count on after it: P is added to `view.position_BT`.
+
+        Raises:
+            UserError: an unknown tap, a prefix of other shapes, or a model that takes none.
         """
         for name in taps:
             if name not in TAPS:
                 raise UserError(f"a model has no tap {name!r}{did_you_mean(name, TAPS)}")
-        output: Any = self._module(taps).apply({"params": params}, view, cache, row_keys_B)
+        if prefix is not None:
+            prefix.check(self.config, view.tokens_BT.shape[0])
+        output: Any = self._module(taps).apply({"params": params}, view, cache, row_keys_B, prefix)
         return output
 
     def watched(self, params: dict, view: View, watch: Any) -> dict:

@@ -38,6 +38,17 @@ def test_a_window_is_what_lies_fewer_tokens_back():
     np.testing.assert_array_equal(cached.mask_B1TS[0, 0], np.array([[0, 1, 1, 1, 0]], bool))
 
 
+def test_a_prefix_is_seen_by_real_tokens_of_every_segment_and_counts_from_each():
+    segment, position = np.array([[1, 1, 2, 0]]), np.array([[3, 4, 3, 3]])
+    sight = see(segment, segment).behind(jax.numpy.asarray(position), 3)
+    own = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
+    seen = np.array([[1] * 3] * 3 + [[0] * 3], bool)
+    np.testing.assert_array_equal(sight.mask_B1TS[0, 0], np.concatenate([seen, own], 1))
+    np.testing.assert_array_equal(sight.key_segment_BS, [[-1, -1, -1, 1, 1, 2, 0]])
+    near = np.array([[0, 0, 1], [0, 0, 0], [0, 0, 1], [0, 0, 0]], bool)
+    np.testing.assert_array_equal(sight.within(2).mask_B1TS[0, 0], np.concatenate([near, own], 1))
+
+
 @pytest.mark.parametrize(
     ("window", "scale", "soft_cap", "biased"),
     [
@@ -55,7 +66,7 @@ def test_attend_is_softmax_over_what_is_seen(window, scale, soft_cap, biased):
     q, k, v = (rng.normal(size=(2, 5, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     segment = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
     sight = replace(see(segment, segment).within(window), scale=scale, soft_cap=soft_cap)
-    sight = replace(sight, bias_1HTS=jax.numpy.asarray(bias) if biased else None)
+    sight = replace(sight, bias_BHTS=jax.numpy.asarray(bias) if biased else None)
     got = attend(jax.numpy.asarray(q), jax.numpy.asarray(k), jax.numpy.asarray(v), sight)
     for b, t, h in np.ndindex(2, 5, 4):
         seen = [s for s in range(max(0, t - window + 1), t + 1) if segment[b, s] == segment[b, t]]
@@ -76,6 +87,7 @@ def test_attend_is_softmax_over_what_is_seen(window, scale, soft_cap, biased):
         (36, 128, 128, "bfloat16", False),
         (64, 127, 127, "bfloat16", False),
         (64, 1, 128, "bfloat16", False),
+        (64, 128, 192, "bfloat16", False),  # behind a prefix
     ],
 )
 def test_cudnn_is_asked_for_only_on_a_gpu_and_where_it_can(monkeypatch, head_width, tokens, slots, dtype, taken):

@@ -127,7 +127,7 @@ def test_sinusoids_against_float64():
 def test_alibi_falls_by_the_slopes_of_the_paper(heads, slopes):
     back = np.arange(5)[:, None] - np.arange(5)[None]
     wanted = [-slope * np.abs(back) for slope in slopes]
-    np.testing.assert_allclose(alibi(heads, back), np.array(wanted)[None], rtol=1e-6)
+    np.testing.assert_allclose(alibi(heads, back[None]), np.array(wanted)[None], rtol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
