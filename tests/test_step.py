@@ -431,3 +431,53 @@ def test_evaluation_pays_nothing_for_inner_layers():
     plain, inner = module(OBJECTIVE), module(INNER)
     assert inner.memory_analysis().temp_size_in_bytes == plain.memory_analysis().temp_size_in_bytes
     assert inner.cost_analysis()["flops"] == plain.cost_analysis()["flops"]
+
+
+def _following(place, follows, batches):
+    """Return what each step of a student taught by itself logs, with the state before it, and the last state."""
+    recipe = replace(
+        _recipe(place, objective=replace(OBJECTIVE, alpha=0.0), teacher=STUDENT),
+        teacher_follows=follows,
+        average_decay=0.75,
+    )
+    state = init_state(recipe, _init(Model(STUDENT), 1))
+    where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
+    frozen = {"teacher": jax.tree.map(np.asarray, _init(Model(STUDENT), 2))}
+    do, state, seen = place.compile_step(partial(step, recipe=recipe), where), jax.device_put(state, where), []
+    frozen = jax.device_put(frozen, place.state_shardings(frozen, {"teacher": recipe.model.logical_axes()}))
+    for batch in batches:
+        before = jax.tree.map(np.asarray, (state.params["student"], state.slow))
+        state, metrics = do(state, frozen, place.put_batch(batch))
+        seen.append((before, {name: float(value) for name, value in metrics.items()}))
+    return seen, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"placement": "pmap"}], ids=str)
+def test_a_teacher_is_the_moving_average_of_its_student(mesh):
+    """Two batches: the average after each is by hand that of the parameters, and what taught is the one before."""
+    devices = jax.devices()[:1] if mesh == {"data": 1} else None
+    view = _uneven_batch(0)
+    hard = replace(view, student=replace(view.student, tokens_BT=(view.student.tokens_BT + 1) % V))
+    apart = replace(hard, teacher=view.student, teacher_rows_BR=view.student_rows_BR)  # another view, so it must move
+    seen, state = _following(placement(MeshConfig(**mesh), devices), "average", [apart, apart, apart])
+    slow = seen[0][0][0]
+    for (_, average), (student, _) in zip(
+        [one[0] for one in seen[1:]] + [(None, state.slow)],
+        [one[0] for one in seen[1:]] + [(state.params["student"], None)],
+        strict=True,
+    ):
+        slow = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, slow, student)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), average["student"], slow)
+    (student, average), metrics = seen[2]
+    recipe = _recipe(objective=replace(OBJECTIVE, alpha=0.0), teacher=STUDENT)
+    trained = {"student": student, "projections": {}}
+    plain = jax.jit(partial(loss_sums, recipe))(trained, {"teacher": average["student"]}, apart)[1]
+    assert metrics["kd"] == pytest.approx(float(plain["kd"]) / apart.kd_weight_BR.sum(), rel=1e-4) and metrics["kd"] > 0
+
+
+def test_a_student_taught_by_itself_of_today_has_nothing_to_learn_from_one_view():
+    place = placement(MeshConfig(data=1), jax.devices()[:1])
+    seen, state = _following(place, "student", [_uneven_batch(0)])
+    assert abs(seen[0][1]["kd"]) < 1e-6 and seen[0][1]["grad_norm"] < 1e-5 and state.slow == {}
+    frozen, _ = _following(place, "nothing", [_uneven_batch(0)])
+    assert frozen[0][1]["kd"] > 0.01
