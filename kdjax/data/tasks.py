@@ -32,6 +32,7 @@ class Facts:
         start_token: the token that a decoder beside an encoder begins with.
         labels: how many classes there are.
         views: what is seen before an answer, where templates say so.
+        shared: the tokens that the teacher's views of all rows begin with, and that rows leave out.
     """
 
     tokenizer: Tokenizer
@@ -41,13 +42,14 @@ class Facts:
     start_token: int = 0
     labels: int = 0
     views: Views | None = None
+    shared: tuple[int, ...] = ()
 
 
 def causal_lm(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
     """Return the tokens, each weighing what predicting it weighs; of two views, where there are some."""
     del random
     if facts.views is not None:
-        return encode_views(example, facts.tokenizer, facts.views)
+        return encode_views(example, facts.tokenizer, facts.views, facts.shared)
     return encode_example(example, facts.tokenizer)
 
 

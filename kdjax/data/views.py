@@ -6,7 +6,7 @@ template does, up to where the assistant speaks. Paper: Snell et al. 2022, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,18 @@ def _template(name: str, text: str) -> str:
         raise UserError(f"data.{name} {text[1:]} cannot be read: {error}") from None
 
 
-def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[str, np.ndarray]:
+def encode_views(
+    example: Example, tokenizer: Tokenizer, views: Views, shared: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
     """Return `tokens` and `weight` of the student's view, and of the teacher's if it has its own; answers weigh 1.
 
+    The teacher's view is returned without the tokens that all rows' begin with, `shared`.
+
     Raises:
-        UserError: no prompt with an answer, a template that fails, or an answer that is other tokens in the two views.
+        UserError: no prompt with an answer, a template that fails, an answer that is other tokens in the two views, or
+            a teacher's view that does not begin with what is shared and go on.
     """
-    if example.kind != "answer":
-        raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
+    _check_kind(example)
     prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer)
     encoded = _weighed("", prompt, answer)
     if not views.teacher:
@@ -66,7 +70,17 @@ def encode_views(example: Example, tokenizer: Tokenizer, views: Views) -> dict[s
             f"its answer is other tokens in the teacher's view ({len(same)}) than in the student's ({len(answer)}), so "
             "they cannot be compared one by one; use chat() in both views or in neither"
         )
-    return encoded | _weighed("teacher_", other, same)
+    if other[: len(shared)] != list(shared) or len(other) == len(shared):
+        raise UserError(
+            f"its teacher's view does not begin with the {len(shared)} tokens that other rows' begin with, and go on; "
+            "mend data.teacher_view, or set data.share_prefix to False"
+        )
+    return encoded | _weighed("teacher_", other[len(shared) :], same)
+
+
+def _check_kind(example: Example) -> None:
+    if example.kind != "answer":
+        raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
 
 
 def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, np.ndarray]:
@@ -74,9 +88,36 @@ def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int]) -> dict[
     return {f"{prefix}tokens": np.array([*prompt, *answer], np.int32), f"{prefix}weight": weight}
 
 
-def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
+def teacher_prompts(examples: Iterable[Example], tokenizer: Tokenizer, views: Views) -> Iterator[Written]:
+    """Yield what the teacher sees before each answer; what cannot be a view is left to `encode_views` to refuse."""
+    for example in examples:
+        try:
+            _check_kind(example)
+            yield written("teacher", views.teacher, example, tokenizer)
+        except UserError:
+            continue
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a view writes before an answer, and the answer's turn where chat() wrote it; None: where it did not."""
+
+    text: str
+    spoken: str | None = None
+
+    def tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the tokens before the answer."""
+        return tokenizer.encode_prompt(self.text) if self.spoken is None else tokenizer.encode(self.text)
+
+
+def written(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> Written:
+    """Return what a template writes of an example.
+
+    Raises:
+        UserError: it fails.
+    """
     spoken: list[str] = []
+    (_, prompt), (_, answer) = example.parts
 
     def chat(messages: Sequence[Mapping[str, Any]]) -> str:
         turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
@@ -87,12 +128,18 @@ def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> 
         spoken.append(whole[len(before) :].rstrip())  # the line break after a turn is the template's, not the model's
         return before
 
-    (_, prompt), (_, answer) = example.parts
     try:
         text = render(template, {**example.columns, "prompt": prompt, "chat": chat}, strict=True)
     except UserError as error:
         raise UserError(f"the {whose}'s view {error}; mend data.{whose}_view") from None
-    ids = tokenizer.encode(text) if spoken else tokenizer.encode_prompt(text)
+    return Written(text, spoken[-1] if spoken else None)
+
+
+def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
+    view = written(whose, template, example, tokenizer)
+    ids, (_, answer) = view.tokens(tokenizer), example.parts[1]
     if not ids:
         raise UserError(f"the {whose}'s view is empty, so nothing predicts the answer's first token; write something")
-    return ids, tokenizer.encode(spoken[-1]) if spoken else [*tokenizer.encode(answer), tokenizer.eos_id]
+    end = [*tokenizer.encode(answer), tokenizer.eos_id] if view.spoken is None else tokenizer.encode(view.spoken)
+    return ids, end
