@@ -5,6 +5,7 @@ Every check that needs no training is made here, before the first step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,6 +26,8 @@ from kdjax.named import Named, models
 from kdjax.sharding import Placement, placement
 from kdjax.step import Recipe, TrainState, init_state, step
 from kdjax.teacher import live_teacher, no_teacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ class Job:
         return frozen
 
     def frozen_teacher(self) -> dict[str, Any]:
-        """Return the frozen trees but the student's."""
+        """Return the frozen trees but the student's: the teacher, and what all its views begin with if it is shared."""
         if self.teacher is None:
             return {}
-        return {"teacher": self.teacher.params(self.place, self.keys[1], self.teacher.model.dtype)}
+        params = self.teacher.params(self.place, self.keys[1], self.teacher.model.dtype)
+        if not self.data.shared:
+            return {"teacher": params}
+        return {"teacher": params, "teacher_prefix": self.teacher.prefix(self.place, params, self.data.shared)}
 
     def frozen_names(self) -> dict[str, str]:
         """Return the identity of each frozen tree."""
@@ -120,7 +126,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer)
     loader = data.build(
-        replace(text or config.data, task=task),
+        replace(text or config.data, task=task, share_prefix=_shares(config, teacher)),
         tokenizer,
         batch_size=config.batch_size,
         process_index=jax.process_index(),
@@ -129,7 +135,17 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         labels=student.model.config.labels,
         room=config.answers.tokens if config.answers.student_share else 0,
     )
+    _check_length(config, student, teacher, len(loader.shared))
     return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))
+
+
+def _shares(config: Config, teacher: Named | None) -> bool:
+    """Return whether the teacher reads what its views share once: said, where it cannot."""
+    why = "" if teacher is None else teacher.model.config.why_no_prefix
+    why = why or ("it changes with the student" if config.teacher_follows != "nothing" else "")
+    if why and config.data.teacher_view and config.data.share_prefix:
+        log.info("the teacher reads its whole view in each row: %s", why)
+    return config.data.share_prefix and not why
 
 
 def _task(config: Config, student: Named, teacher: Named | None) -> Any:
@@ -165,7 +181,8 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
     return task
 
 
-def _check_length(config: Config, student: Named, teacher: Named | None) -> None:
+def _check_length(config: Config, student: Named, teacher: Named | None, shared: int = 0) -> None:
+    """Check that rows are no longer than the models were made for, the teacher's behind so many shared tokens."""
     own = config.data.teacher_length if config.data.teacher_view else 0
     lengths = {
         "student": (student, "sequence_length"),
@@ -173,9 +190,11 @@ def _check_length(config: Config, student: Named, teacher: Named | None) -> None
     }
     for who, (named, setting) in lengths.items():
         length = getattr(config.data, setting)
-        if named is not None and length > named.model.config.max_positions:
+        before = shared if who == "teacher" else 0
+        if named is not None and before + length > named.model.config.max_positions:
+            behind = f", behind {before} tokens that all its views begin with," if before else ""
             raise UserError(
-                f"data.{setting} is {length} but the {who} was made for {named.model.config.max_positions} "
+                f"data.{setting} is {length}{behind} but the {who} was made for {named.model.config.max_positions} "
                 "positions at most; lower it"
             )
 

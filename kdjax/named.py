@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import Model, ModelFile, ModelSpec, lora, open_model, select_kept
+from kdjax.models import Model, ModelFile, ModelSpec, Prefix, lora, open_model, prefix_of, select_kept
 from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.sharding import Placement
 
@@ -56,6 +56,13 @@ class Named:
             return place.load(quantized(self.file.tensors, kind), quantized_axes(axes, kind), dtype)
         where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
         return jax.jit(self.model.init, out_shardings=where)(key)
+
+    def prefix(self, place: Placement, params: Any, tokens: Sequence[int]) -> Prefix:
+        """Return what stands before every example, computed once, each head's part where the head's parameters lie."""
+        of = partial(prefix_of, self.model, tokens=tokens)
+        names = (None, None, None, "kv_heads", None)
+        where = jax.tree.map(lambda x: place.sharding(names, x.shape), jax.eval_shape(of, params))
+        return jax.jit(of, out_shardings=where)(params)
 
     def init(self, key: jax.Array) -> Any:
         """Return random parameters, only those that are trained, and new adapters."""

@@ -123,7 +123,8 @@ def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
     text = data.DataConfig(sources=config.answers.unrelated, sequence_length=length, eval_tokens=min(16 * length, 4096))
     loader = data.build(text, job.tokenizer, batch_size=config.batch_size)
     batches = loader.evaluation(config.batch_size)
-    figures = divergence(job.place, job.student, params["student"], teacher, frozen, batches)
+    bare = {name: tree for name, tree in frozen.items() if name != "teacher_prefix"}
+    figures = divergence(job.place, job.student, params["student"], teacher, bare, batches)
     return {"kl": figures["kl"], "tokens": figures["tokens"], "held_out_sha256": loader.held_out_hash}
 
 
@@ -133,6 +134,7 @@ def _saved(job: Job, student: tuple[Model, Any], examples: Sequence[Asked]) -> F
     with_prompt, without = (
         float(np.mean([len(getattr(one, whose)) for one in examples])) for whose in ("teacher", "student")
     )
+    with_prompt += len(job.data.shared)
     seconds = [_seconds(*student, round(tokens)) for tokens in (with_prompt, without)]
     per_token = 2 * c.layers * c.kv_heads * c.head_width * jax.numpy.dtype(model.dtype).itemsize
     return {

@@ -122,7 +122,8 @@ def loss_sums(
     layers, and the load balance, which is of the batch as it is given here and counts by its real tokens.
     """
     features, student = recipe.objective.features, student_params(recipe, params, frozen)
-    output = recipe.model.apply(student, batch.student, taps=tuple(tapped(features, 0)), row_keys_B=row_keys_B)
+    how = {"taps": tuple(tapped(features, 0)), "row_keys_B": row_keys_B, "prefix": frozen.get("student_prefix")}
+    output = recipe.model.apply(student, batch.student, **how)
     signal = recipe.signal_of(frozen, batch)
     loss, parts = jnp.zeros(()), {}
     if recipe.objective.logits:

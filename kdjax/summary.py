@@ -56,7 +56,10 @@ def quantizing(job: Job, frozen: Any) -> Summary:
     if teacher is None or teacher.spec.quantize == "none" or not (job.config.objective.logits and batches):
         return {}
     whole = replace(teacher, spec=replace(teacher.spec, quantize="none"))
-    kept = {"teacher": whole.params(job.place, job.keys[1], whole.model.dtype)}
+    kept: dict[str, Any] = {"teacher": whole.params(job.place, job.keys[1], whole.model.dtype)}
+    if job.data.shared:
+        kept["teacher_prefix"] = whole.prefix(job.place, kept["teacher"], job.data.shared)
+        kept["student_prefix"] = frozen["teacher_prefix"]  # it is the quantised teacher that is measured as a student
     figures = divergence(job.place, teacher, frozen["teacher"], whole, kept, [_of_teacher(batch) for batch in batches])
     return {f"{name}_quantized": figures[name] for name in ("kl", "agreement")}
 

@@ -29,6 +29,8 @@ def no_teacher(frozen: Any, batch: Batch) -> None:
 def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = None) -> SignalOf:
     """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen["teacher"]``.
 
+    What stands before every example that it sees is ``frozen["teacher_prefix"]``, if there is that.
+
     Args:
         model: the teacher.
         layers: tap -> the layers of it that the signal brings along.
@@ -36,10 +38,10 @@ def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = No
     layers = layers or {}
 
     def signal_of(frozen: Any, batch: Batch) -> Signal:
-        params = lax.stop_gradient(frozen["teacher"])
+        params, prefix = lax.stop_gradient((frozen["teacher"], frozen.get("teacher_prefix")))
         view = batch.student if batch.teacher is None else batch.teacher
         rows_BR = batch.student_rows_BR if batch.teacher_rows_BR is None else batch.teacher_rows_BR
-        output = model.apply(params, view, taps=tuple(layers))
+        output = model.apply(params, view, taps=tuple(layers), prefix=prefix)
         taps = {name: jnp.stack([output.taps[name][i] for i in numbers]) for name, numbers in layers.items()}
         hidden_ND, taps = lax.stop_gradient((pick_rows(output.hidden_BTD, rows_BR), taps))
         return Signal(hidden_ND, model.head(params), taps)

@@ -30,10 +30,10 @@ def job(made):
     return build(replace(made, answers=ANSWERS, data=replace(made.data, eval_tokens=64)))
 
 
-def exact(model, params, tree, example):
-    """Σ KL(prompted ‖ model without the prompt) of one answer, in float64."""
+def exact(model, params, tree, example, shared):
+    """Σ KL(prompted ‖ model without the prompt) of one answer, in float64; `shared` begins each of the teacher's."""
     count = len(example.answer)
-    p = log_probs(model, params, example.teacher + example.answer)[-count - 1 : -1]
+    p = log_probs(model, params, [*shared, *example.teacher, *example.answer])[-count - 1 : -1]
     q = log_probs(model, tree, example.student + example.answer)[-count - 1 : -1]
     return (np.exp(p) * (p - q)).sum()
 
@@ -48,7 +48,9 @@ def test_it_is_one_minus_the_ratio_of_both_divergences_in_float64(job):
     file = open_model(job.config.teacher.source)
     model, whole = Model(file.config), jax.tree.map(lambda tensor: jnp.asarray(tensor.all()), file.tensors)
     student, held = student_params(job.recipe, nested(params), frozen), data.examples_of(job.data.held_out)
-    plain, distilled = (sum(exact(model, whole, tree, one) for one in held) for tree in (whole, student))
+    plain, distilled = (
+        sum(exact(model, whole, tree, one, job.data.shared) for one in held) for tree in (whole, student)
+    )
     assert found["recovered"] == pytest.approx(1 - distilled / plain, abs=2e-3)
     assert found["recovered"] < 0.5 and found["recovered_prompts"] == len(held) > 3
     low, high = found["recovered_interval"]
@@ -62,7 +64,7 @@ def test_a_student_that_is_the_teacher_without_its_prompt_has_recovered_nothing(
     found = recovery(job, job.start().params, job.frozen())
     assert found["recovered"] == pytest.approx(0, abs=1e-5) and found["recovered_own"] == pytest.approx(0, abs=1e-5)
     assert found["recovered_interval"] == pytest.approx((0, 0), abs=1e-5)
-    tokens = [len(one.teacher) - len(one.student) for one in data.examples_of(job.data.held_out)]
+    tokens = [len(job.data.shared) + len(one.teacher) - len(one.student) for one in data.examples_of(job.data.held_out)]
     assert found["saved"]["prompt_tokens"] == np.mean(tokens) == len("Always shout. ")
     assert found["saved"]["cache_bytes"] == np.mean(tokens) * 2 * 2 * 1 * 8 * 4
 
@@ -112,6 +114,8 @@ def test_a_student_of_an_unrelated_prompt_recovers_about_nothing(made, home, tmp
         teacher = open_model(made.teacher.source)
         whole = jax.tree.map(lambda tensor: jnp.asarray(tensor.all()), teacher.tensors)
         model, held = Model(teacher.config), data.examples_of(job.data.held_out)
-        plain, distilled = (sum(exact(model, whole, tree, one) for one in held) for tree in (whole, student))
+        plain, distilled = (
+            sum(exact(model, whole, tree, one, job.data.shared) for one in held) for tree in (whole, student)
+        )
         shares_of[name] = 1 - distilled / plain
     assert shares_of["other"] < 0.5 * shares_of["own"]

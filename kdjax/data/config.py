@@ -49,7 +49,9 @@ class DataConfig:
     teacher_view: str = ""
     """What the teacher sees before it; empty is what the student sees."""
     teacher_length: int = 0
-    """Tokens of a row of the teacher's view; 0 is as many as the student's."""
+    """Tokens of a row of the teacher's view, without what is shared; 0 is as many as the student's."""
+    share_prefix: bool = True
+    """The teacher reads what all its views begin with once a run, and rows leave it out; False: it is in each row."""
     target_length: int = 0
     """seq2seq: tokens of a decoder's row; 0 is as many as the encoder's."""
     packing: Packing = "concat"

@@ -24,6 +24,7 @@ from kdjax.data.holdout import Rows, split_documents
 from kdjax.data.packing import Row, to_batch
 from kdjax.data.prefetch import ahead
 from kdjax.data.shards import Layout, lay_out, local_rows
+from kdjax.data.shared import shared_tokens
 from kdjax.data.sources import Source, open_source
 from kdjax.data.tasks import TASKS, Facts
 from kdjax.data.tokenizers import Tokenizer
@@ -69,6 +70,7 @@ class Data:
         held_out_documents: how many are kept from training.
         held_out_dropped: how many of those overlap with the training text, so that nothing reads them.
         held_out_hash: SHA-256 of the rows of an evaluation; empty without any.
+        shared: the tokens that the teacher's views of all rows begin with, and that rows leave out; maybe none.
     """
 
     layout: Layout
@@ -79,6 +81,7 @@ class Data:
     held_out_documents: int
     held_out_dropped: int
     held_out_hash: str
+    shared: tuple[int, ...] = ()
 
     def train(self, state: State | None = None, *, prefetch: int = 2) -> Iterator[tuple[Batch, State]]:
         """Return the endless (batch, state after it); a state given back here goes on with the batch that follows.
@@ -186,6 +189,9 @@ def build(
     groups = list(split.train) if config.weights else [np.concatenate(split.train)]
     layout = lay_out(batch_size, min(config.max_shards, *map(len, groups)), process_index, process_count)
     documents = sum(map(len, groups))
+    if facts.views is not None and config.share_prefix:
+        shared = shared_tokens(sources, [*split.train, split.held_out], config, tokenizer, facts.views)
+        facts = dataclasses.replace(facts, shared=shared)
     encode = _encoder(sources, config, facts, documents)
     held_out = _evaluation_rows(split.held_out, encode, config)
     identity = {
@@ -194,6 +200,7 @@ def build(
         **{"weights": list(config.weights), "batch_size": batch_size, "shards": layout.shards},
         **{"train_documents": documents, "documents": split.sha256[:16]},
         "views": None if facts.views is None else _digest(repr(facts.views)),
+        "shared": _digest(repr(facts.shared)) if facts.shared else None,
         "tokenizer": _digest(tokenizer.sha256 + tokenizer.chat_template),
     }
     return Data(
@@ -205,6 +212,7 @@ def build(
         held_out_documents=split.held_out_documents,
         held_out_dropped=split.held_out_dropped,
         held_out_hash=_hash(held_out),
+        shared=facts.shared,
     )
 
 

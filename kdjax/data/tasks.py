@@ -33,6 +33,7 @@ class Facts:
         labels: how many classes there are.
         views: what is seen before an answer, where templates say so.
         room: tokens that each answer has room for at least.
+        shared: the tokens that the teacher's views of all rows begin with, and that rows leave out.
     """
 
     tokenizer: Tokenizer
@@ -43,13 +44,14 @@ class Facts:
     labels: int = 0
     views: Views | None = None
     room: int = 0
+    shared: tuple[int, ...] = ()
 
 
 def causal_lm(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
     """Return the tokens, each weighing what predicting it weighs; of two views, where there are some."""
     del random
     if facts.views is not None:
-        return encode_views(example, facts.tokenizer, facts.views, facts.room)
+        return encode_views(example, facts.tokenizer, facts.views, facts.shared, facts.room)
     return encode_example(example, facts.tokenizer)
 
 

@@ -7,7 +7,7 @@ template does, up to where the assistant speaks. Paper: Snell et al. 2022, arXiv
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,19 @@ def _template(name: str, text: str) -> str:
         raise UserError(f"data.{name} {text[1:]} cannot be read: {error}") from None
 
 
-def encode_views(example: Example, tokenizer: Tokenizer, views: Views, room: int = 0) -> dict[str, np.ndarray]:
+def encode_views(
+    example: Example, tokenizer: Tokenizer, views: Views, shared: Sequence[int] = (), room: int = 0
+) -> dict[str, np.ndarray]:
     """Return `tokens` and `weight` of the student's view, and of the teacher's if it has its own; answers weigh 1.
 
-    After a shorter answer there is `room` for another one of so many tokens, of weight 0.
+    The teacher's view is returned without the tokens that all rows' begin with, `shared`. After a shorter answer there
+    is `room` for another one of so many tokens, of weight 0.
 
     Raises:
-        UserError: no prompt with an answer, a template that fails, or an answer that is other tokens in the two views.
+        UserError: no prompt with an answer, a template that fails, an answer that is other tokens in the two views, or
+            a teacher's view that does not begin with what is shared and go on.
     """
-    if example.kind != "answer":
-        raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
+    _check_kind(example)
     prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer)
     spare = [tokenizer.eos_id] * (room - len(answer))
     encoded = _weighed("", prompt, answer, spare)
@@ -73,7 +76,17 @@ def encode_views(example: Example, tokenizer: Tokenizer, views: Views, room: int
             f"its answer is other tokens in the teacher's view ({len(same)}) than in the student's ({len(answer)}), so "
             "they cannot be compared one by one; use chat() in both views or in neither"
         )
-    return encoded | _weighed("teacher_", other, same, spare)
+    if other[: len(shared)] != list(shared) or len(other) == len(shared):
+        raise UserError(
+            f"its teacher's view does not begin with the {len(shared)} tokens that other rows' begin with, and go on; "
+            "mend data.teacher_view, or set data.share_prefix to False"
+        )
+    return encoded | _weighed("teacher_", other[len(shared) :], same, spare)
+
+
+def _check_kind(example: Example) -> None:
+    if example.kind != "answer":
+        raise UserError(f"it is {example.kind}, but views are of a prompt with its answer; give a row both columns")
 
 
 def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tuple[list[int], list[int]]:
@@ -99,9 +112,36 @@ def _weighed(prefix: str, prompt: Sequence[int], answer: Sequence[int], spare: S
     return {f"{prefix}tokens": np.array([*prompt, *answer, *spare], np.int32), f"{prefix}weight": weight}
 
 
-def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
+def teacher_prompts(examples: Iterable[Example], tokenizer: Tokenizer, views: Views) -> Iterator[Written]:
+    """Yield what the teacher sees before each answer; what cannot be a view is left to `encode_views` to refuse."""
+    for example in examples:
+        try:
+            _check_kind(example)
+            yield written("teacher", views.teacher, example, tokenizer)
+        except UserError:
+            continue
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a view writes before an answer, and the answer's turn where chat() wrote it; None: where it did not."""
+
+    text: str
+    spoken: str | None = None
+
+    def tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the tokens before the answer."""
+        return tokenizer.encode_prompt(self.text) if self.spoken is None else tokenizer.encode(self.text)
+
+
+def written(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> Written:
+    """Return what a template writes of an example.
+
+    Raises:
+        UserError: it fails.
+    """
     spoken: list[str] = []
+    (_, prompt), (_, answer) = example.parts
 
     def chat(messages: Sequence[Mapping[str, Any]]) -> str:
         turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
@@ -112,12 +152,18 @@ def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> 
         spoken.append(whole[len(before) :].rstrip())  # the line break after a turn is the template's, not the model's
         return before
 
-    (_, prompt), (_, answer) = example.parts
     try:
         text = render(template, {SCRATCHPAD: "", **example.columns, "prompt": prompt, "chat": chat}, strict=True)
     except UserError as error:
         raise UserError(f"the {whose}'s view {error}; mend data.{whose}_view") from None
-    ids = tokenizer.encode(text) if spoken else tokenizer.encode_prompt(text)
+    return Written(text, spoken[-1] if spoken else None)
+
+
+def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
+    view = written(whose, template, example, tokenizer)
+    ids, (_, answer) = view.tokens(tokenizer), example.parts[1]
     if not ids:
         raise UserError(f"the {whose}'s view is empty, so nothing predicts the answer's first token; write something")
-    return ids, tokenizer.encode(spoken[-1]) if spoken else [*tokenizer.encode(answer), tokenizer.eos_id]
+    end = [*tokenizer.encode(answer), tokenizer.eos_id] if view.spoken is None else tokenizer.encode(view.spoken)
+    return ids, end
