@@ -58,7 +58,7 @@ class Config:
     data: DataConfig = DataConfig()
     prompt_file: str = ""
     """A text that is distilled as a prompt: the teacher has it as the system's turn, the student does not see it. Takes
-    the place of data.teacher_view and data.student_view."""
+    the place of data.teacher_view and data.student_view, in rows of first_fit."""
     answers: AnswersConfig = AnswersConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
@@ -268,7 +268,9 @@ def with_prompt(config: Config) -> Config:
     if not prompt.strip():
         raise UserError(f"prompt_file {path} is empty; write the prompt that is to be distilled into it")
     views = system_views(prompt)
-    shown = dataclasses.replace(config.data, student_view=views.student, teacher_view=views.teacher)
+    shown = dataclasses.replace(
+        config.data, student_view=views.student, teacher_view=views.teacher, packing="first_fit"
+    )
     return dataclasses.replace(config, prompt_file="", data=shown)
 
 

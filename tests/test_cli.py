@@ -240,6 +240,8 @@ def test_prompts_with_answers_are_distilled_too(here, pretrained, cli):
         (["train", "tiny.py", "--run-dir", "tiny.py"], "tiny.py"),
         (["train", "tiny.py", "--run-dir", "tiny.py/run"], "tiny.py/run"),
         (["train", "tiny.py", "--steps", "5"], "config differs .steps: 4 -> 5.; go on with `kdjax train runs/tiny`"),
+        (["answers"], "which config. A recipe"),
+        (["answers", "tiny.py"], "answers.by is 'data', so there is nothing to sample"),
         (["evaluate"], "required: RUN; see kdjax evaluate --help"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["evaluate", "runs/tiny", "--bogus"], "unknown argument '--bogus'; see kdjax evaluate --help"),

@@ -8,6 +8,7 @@ import tiny_run
 
 from kdjax import config as configs
 from kdjax.config import Config
+from kdjax.data.chat import render
 from kdjax.errors import UserError
 from kdjax.models import ModelSpec
 
@@ -197,3 +198,36 @@ def test_differences_name_fields(config):
     assert "steps: 4 -> 5" in lines
     assert any(line.startswith("teacher.source") for line in lines)
     assert configs.differences(config, config) == []
+
+
+def test_a_prompt_file_becomes_views_that_need_no_file(config, tmp_path):
+    prompt = 'Say "Ahoy"!\n{{ not }} {% a template %} \\ é'
+    (tmp_path / "mine.txt").write_text(f"\n{prompt}\n", "utf-8")
+    got = configs.with_prompt(dataclasses.replace(config, prompt_file=str(tmp_path / "mine.txt")))
+    assert got.prompt_file == "" and configs.from_json(configs.to_json(got)) == got
+    shown = []
+    for view in (got.data.student_view, got.data.teacher_view):
+        render(view, {"chat": shown.append, "prompt": "What?"}, strict=True)
+    user = {"role": "user", "content": "What?"}
+    assert shown == [[user], [{"role": "system", "content": prompt}, user]], shown
+    assert configs.with_prompt(config) is config
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), (" \n", "is empty; write the prompt")])
+def test_a_prompt_file_that_is_none_is_refused(config, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "mine.txt").write_text(text)
+    with pytest.raises(UserError, match=f"prompt_file .*mine.txt {said}"):
+        configs.with_prompt(dataclasses.replace(config, prompt_file=str(tmp_path / "mine.txt")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teacher_follows": "average"}, "teacher_follows is 'average', but the student does not start as the teacher"),
+        ({"average_decay": 1.0}, "average_decay is 1.0; wanted at least 0 and below 1"),
+    ],
+)
+def test_a_teacher_that_cannot_follow_is_refused(config, change, said):
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(config, **change)

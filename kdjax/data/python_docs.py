@@ -48,7 +48,7 @@ def documents() -> tuple[dict[str, Any], ...]:
 def questions() -> tuple[dict[str, Any], ...]:
     """Return a question about each public function: `id`, `module`, `prompt`, and its docstring's start as `answer`."""
     rows = ((row["id"], row["text"]) for row in documents() if row["label"] == KINDS.index("function"))
-    public = ((name, text) for name, text in rows if not any(part.startswith("_") for part in name.split(".")))
+    public = {name: text for name, text in rows if not any(part.startswith("_") for part in name.split("."))}
     return tuple(
         {
             "id": name,
@@ -56,7 +56,7 @@ def questions() -> tuple[dict[str, Any], ...]:
             "prompt": f"What does {name} do?",
             "answer": " ".join(text.partition("\n\n")[0].split()),
         }
-        for name, text in public
+        for name, text in public.items()
     )
 
 

@@ -96,3 +96,17 @@ def test_some_bad_rows_may_be_skipped(tmp_path):
     train, _, found = split(tmp_path / "a", eval_fraction=0, max_bad_rows=2)
     assert train == ["a", "b"]
     assert found.kinds == {"text"}
+
+
+def test_what_belongs_together_is_held_out_together(tmp_path):
+    path = tmp_path / "a"
+    rows = [{"text": text, "book": f"book {i % 97}"} for i, text in enumerate(TEXTS)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    train, held, found = split(path, eval_fraction=0.1, group_field="book")
+    books = {row["text"]: row["book"] for row in rows}
+    assert sorted([*train, *held]) == sorted(TEXTS) and held
+    assert {books[text] for text in train}.isdisjoint({books[text] for text in held})
+    assert len({books[text] for text in held[:10]}) > 3  # an evaluation that reads few reads of many books
+    assert found.sha256 != split(path, eval_fraction=0.1)[2].sha256
+    with pytest.raises(UserError, match="line 1 has no field 'bok'; did you mean 'book'?"):
+        split(path, eval_fraction=0.1, group_field="bok")

@@ -66,7 +66,7 @@ def test_a_bad_row_is_named(tmp_path, kind, content, message):
     ("name", "message"),
     [
         ("jason:x", "unknown data source 'jason:x'; did you mean 'jsonl'"),
-        ("data.csv", "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, text, tfds"),
+        ("data.csv", "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, python_questions, text, tfds"),
         ("jsonl:/nowhere/*.x", "names no file; write jsonl:PATH"),
         ("text:", "names no file"),
         ("python_docs:3.11", "takes no argument"),
@@ -137,6 +137,18 @@ def test_tfds_errors(prepared):
         open_source("tfds:python_docs@nosuch")
     with pytest.raises(UserError, match="did you mean .*python_docs/3"):
         open_source(f"tfds:{prepared}")
+
+
+def test_python_questions():
+    source = open_source("python_questions")
+    rows = [source.record(i) for i in range(source.count)]
+    assert len(rows) > 1000 and len({row["id"] for row in rows}) == len(rows)
+    (dumps,) = [row for row in rows if row["id"] == "json.dumps"]
+    assert (dumps["module"], dumps["prompt"]) == ("json", "What does json.dumps do?")
+    assert dumps["answer"] == "Serialize ``obj`` to a JSON formatted ``str``."
+    assert not any(part.startswith("_") for row in rows for part in row["id"].split("."))
+    with pytest.raises(UserError, match="python_questions takes no argument"):
+        open_source("python_questions:x")
 
 
 def test_python_docs():
