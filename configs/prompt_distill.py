@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax train configs/prompt_distill.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
-TIME:     about 10 minutes once the model (93 MB) is fetched; --prompt-file my.txt distils a prompt of one's own
-RESULT:   at least 80 % of the prompt's effect on unseen questions is recovered (figures: docs/prompts.md)
+TIME:     about 7 minutes once the model (93 MB) is fetched; --prompt-file my.txt distils a prompt of one's own
+RESULT:   about nine tenths of the prompt's effect on unseen questions is recovered (figures: docs/prompts.md)
 """
 
 from kdjax.checkpoint import CheckpointConfig
@@ -56,15 +56,15 @@ def get_config() -> Config:
         ),
         answers=AnswersConfig(
             by="teacher",
-            count=1_100,
+            count=600,
             tokens=32,
             sampling=Sampling(temperature=0.7, top_p=0.95),
             behaviour=r"(?i)\b(ahoy|matey|arr+|aye)\b",
         ),
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0, chunk_tokens=256),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),
-        checkpoint=CheckpointConfig(every=50, keep=1, keep_best=False),
-        steps=250,
+        checkpoint=CheckpointConfig(every=25, keep=1, keep_best=False),
+        steps=100,
         batch_size=4,
         eval_every=50,
         prompt="What does numpy.mean do?",

@@ -66,7 +66,7 @@ def test_a_bad_row_is_named(tmp_path, kind, content, message):
     ("name", "message"),
     [
         ("jason:x", "unknown data source 'jason:x'; did you mean 'jsonl'"),
-        ("data.csv", "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, python_questions, text, tfds"),
+        ("data.csv", "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, python_questions, text"),
         ("jsonl:/nowhere/*.x", "names no file; write jsonl:PATH"),
         ("text:", "names no file"),
         ("python_docs:3.11", "takes no argument"),
