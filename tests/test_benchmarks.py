@@ -9,12 +9,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import harness, loss, loss_compiled, loss_table, models, peers, readme
+from benchmarks import harness, loss, loss_compiled, loss_table, models, peers, prompts, readme
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
@@ -31,6 +32,7 @@ from benchmarks.loss_cases import (
     with_and_without_dw,
 )
 from kdjax.losses import ObjectiveConfig
+from kdjax.models import Model, ModelConfig
 from kdjax.models.registry import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +232,7 @@ def test_a_page_is_filled_between_its_markers(tmp_path):
         render("<!-- loss table: begin -->")
 
 
-@pytest.mark.parametrize("page", [readme.LOSSES, readme.MODELS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [readme.LOSSES, readme.MODELS, readme.PROMPTS], ids=lambda page: page.name)
 def test_the_pages_show_what_was_measured(page):
     text = page.read_text()
     assert readme.PAGES[page](text) == text, "run python -m benchmarks.readme"
@@ -350,3 +352,18 @@ def test_a_quick_run_records_shows_and_resumes(tmp_path):
     again = run()
     assert path.read_text() == kept and json.loads(again.stdout.splitlines()[-1])["rows"] == 6
     assert "<summary>Accuracy of every divergence" in run("--table").stdout
+
+
+def test_ways_of_a_prompt_say_the_same_and_the_floor_counts_pairs(monkeypatch):
+    small = ModelConfig(vocab_size=40_000, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=32)
+    model, params = Model(small), jax.jit(Model(small).init)(jax.random.key(0))
+    monkeypatch.setattr(prompts, "EXAMPLES", 4)
+    head = list(range(40))
+    layouts = zip(prompts.WAYS, (1, 2, 2), strict=True)
+    hiddens = [np.asarray(prompts.run_of(way, model, params, head, each)()) for way, each in layouts]
+    prompts.check(hiddens)
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        prompts.check([hiddens[0], hiddens[0][::-1]])
+    matrices = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32)
+    pairs = 64 * 40 + 64 * 65 // 2
+    assert prompts.floor_operations(small, params, 40) == 4 * (2 * 64 * matrices + 4 * 2 * 16 * pairs)

@@ -61,18 +61,19 @@ def test_rows_hold_what_remains_and_nothing_else_is_other(tmp_path):
     on, off = (built(tmp_path, rows_of(60), teacher_length=800, share_prefix=share) for share in (True, False))
     assert text(on.shared) == RULES and off.shared == ()
     one, other = (next(found.train(prefetch=0))[0] for found in (on, off))
+    assert one.teacher is not None and other.teacher is not None
     for name in ("student_rows_BR", "targets_BR", "kd_weight_BR"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     count = 0
     for b in range(4):
         for segment in range(1, one.teacher.segment_BT[b].max() + 1):
-            rest, whole = (x.teacher.tokens_BT[b][x.teacher.segment_BT[b] == segment] for x in (one, other))
+            rest, whole = (x.tokens_BT[b][x.segment_BT[b] == segment] for x in (one.teacher, other.teacher))
             assert text(whole) == RULES + text(rest)
             count += 1
         at = np.flatnonzero(one.kd_weight_BR[b])
-        for batch in (one, other):
-            rows = batch.teacher_rows_BR[b][at]
-            np.testing.assert_array_equal(batch.teacher.tokens_BT[b][rows + 1], batch.targets_BR[b][at])
+        for view, rows_BR in ((one.teacher, one.teacher_rows_BR), (other.teacher, other.teacher_rows_BR)):
+            assert rows_BR is not None
+            np.testing.assert_array_equal(view.tokens_BT[b][rows_BR[b][at] + 1], one.targets_BR[b][at])
     assert count > 8 and on.held_out_hash == off.held_out_hash == ""
 
 
@@ -119,7 +120,7 @@ def test_a_conversation_shares_its_system_prompt(tmp_path):
 def test_views_that_share_nothing_or_are_none_are_as_they_were(tmp_path):
     assert built(tmp_path, rows_of(20), teacher_view="{{ rules }}: {{ prompt }}? ").shared == ()
     assert built(tmp_path, rows_of(20), teacher_view="").shared == ()
-    rows = rows_of(20)
+    rows: list[dict] = [*rows_of(20)]
     rows[3] = {"prompt": "no answer", "answer": None, "text": "x"}
     assert text(built(tmp_path, rows, max_bad_rows=1).shared) == RULES  # a bad row is for the encoder to refuse
 
