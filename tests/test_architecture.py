@@ -15,7 +15,7 @@ FLOORS = (
     ("the door", {"cli", "__main__"}),
     ("jobs", {"train", "build", "named", "jobs", "student", "summary"}),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
-    ("parts", {"models", "data", "losses", "teacher", "generate", "sampling"}),
+    ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),
     ("tools", {"sharding", "optim", "checkpoint", "metrics", "console", "environment", "lock", "manifest", "shapes"}),
     ("ground", {"errors", "__init__"}),
 )
