@@ -12,10 +12,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
 from kdjax.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdjax.config import Config
+    from kdjax.prompts.config import PromptsConfig
+
+C = TypeVar("C", "Config", "PromptsConfig")
 
 INTERRUPTED = 130
 """The exit code of a command that was ended by SIGINT."""
@@ -52,7 +58,7 @@ def _run(given: list[str]) -> int:
         raise UserError(f"unknown command {given[0]!r}{did_you_mean(given[0], commands)}")
     try:
         options, flags = parser.parse_known_args(given)
-        if flags and options.run is not _train:
+        if flags and options.run not in (_train, _prompts):
             raise UserError(f"unknown argument {flags[0]!r}; see kdjax {options.command} --help")
         return options.run(options, flags) or 0
     except SystemExit as stop:  # after --help or --version
@@ -75,7 +81,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("kdjax.train", "kdjax.student"):
+    for name in ("kdjax.train", "kdjax.student", "kdjax.search"):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -96,20 +102,12 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     import jax
     from rich.console import Console
 
-    from kdjax import config as configs
+    from kdjax.config import Config
     from kdjax.console import final_table
     from kdjax.report import write_report
     from kdjax.train import Stopped, train
 
-    if options.config is None and {"-h", "--help"} & set(flags):
-        options.print_help()
-        return 0
-    if options.config is None:
-        known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
-        raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
-    config = configs.override(configs.load(options.config), flags, f"kdjax train {options.config} [--run-dir DIR]")
-    default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
-    directory = options.run_dir or default
+    config, directory = _configured(options, flags, Config)
     try:
         summary = train(config, directory)
     except Stopped as stopped:
@@ -123,6 +121,36 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
         console.print(note)
     console.print(f"report: {write_report([directory], directory / 'report.html')}")
     return 0
+
+
+def _configured(options: argparse.Namespace, flags: list[str], kind: type[C]) -> tuple[C, Path]:
+    """Return the config that a command names, its flags applied, and the run directory; help ends the command."""
+    from kdjax import config as configs
+
+    if options.config is None and {"-h", "--help"} & set(flags):
+        options.print_help()
+        raise SystemExit(0)
+    if options.config is None:
+        known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
+        raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
+    usage = f"kdjax {options.command} {options.config} [--run-dir DIR]"
+    config = configs.override(configs.load(options.config, kind), flags, usage)
+    default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
+    return config, options.run_dir or default
+
+
+def _prompts(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.console import prompts_table
+    from kdjax.prompts.config import PromptsConfig
+    from kdjax.search import search
+
+    config, directory = _configured(options, flags, PromptsConfig)
+    summary = search(config, directory)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(prompts_table(summary))
+    console.print(f"prompt: {directory / 'best.txt'}   all candidates: {directory / 'prompts.jsonl'}")
 
 
 def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
@@ -232,23 +260,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     def add(
         name: str, run: Callable[[argparse.Namespace, list[str]], int | None], text: str
     ) -> argparse.ArgumentParser:
-        # The help of train with a config is about the config's flags.
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=run is not _train)
+        # The help of train and prompts with a config is about the config's flags.
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, add_help=run not in (_train, _prompts)
+        )
         command.set_defaults(run=run, print_help=command.print_help)
         return command
 
-    train = add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on")
-    train.usage = "kdjax train CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
-    train.epilog = "`kdjax train CONFIG --help` lists the fields of the config with their values."
-    train.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
-    )
-    train.add_argument(
-        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
-    )
+    _add_config(add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on"))
     evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -259,12 +278,28 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     export.add_argument("model", metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
     _add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
+    _add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")
     fetch = add("fetch", _fetch, "get a known model into the cache")
     fetch.add_argument("name")
     return parser, commands.choices
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    """Add the config, whose fields are flags too, and the directory."""
+    command.usage = f"{command.prog} CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
+    command.epilog = f"`{command.prog} CONFIG --help` lists the fields of the config with their values."
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
+    )
+    command.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
+    )
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

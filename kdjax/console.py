@@ -243,3 +243,40 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
     for who, text in ({"prompt": summary.get("prompt", "")} | texts if texts else {}).items():
         said.add_row(Text(visible(who)), Text(visible(text).strip()))
     return Group(*(part for shown in (figures, said) if shown.row_count for part in (shown, "")))
+
+
+def prompts_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Return the table of a search's winner and its rivals on the examples to report on, and the winning prompt."""
+    rows = []
+    for key, name in PROMPTS.items():
+        if found := summary["test"].get(key):
+            gain = summary["gains"].get(key)
+            rows.append([name, amount(found["score"]), _interval(found), _signed(gain), _interval(gain)])
+    figures = table(["", summary["measure"], "95 % interval", "winner's gain", "95 % interval of it"], rows)
+    figures.rows[0].style = "bold"
+    best, selection = summary["best"], summary["selection"]
+    lines = (
+        f"{summary['candidates']} candidates; {sum(summary['evaluations'].values()):,} evaluations of "
+        f"{count(sum(summary['tokens'].values()))} tokens; {summary['examples']['test']} examples to report on",
+        f"the winner scored {amount(selection['score'])} where it was selected ({selection['examples']} examples): "
+        f"{amount(summary['gap'])} too much",
+        visible(best["text"]) + (f"\n(and {best['shots']} worked examples)" if best["shots"] else ""),
+    )
+    return Group(figures, "", *(Text(line) for line in lines))
+
+
+PROMPTS = {
+    "best": "the winner",
+    "random": "a candidate at random",
+    "first": "the first candidate",
+    "few_shot": "examples selected alone",
+}
+"""Rows of the table of a search: key of the summary, name."""
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    return MISSING if found is None else f"{amount(found['low'])} to {amount(found['high'])}"
+
+
+def _signed(found: Mapping[str, Any] | None) -> str:
+    return MISSING if found is None else f"{'+' if found['score'] > 0 else ''}{amount(found['score'])}"

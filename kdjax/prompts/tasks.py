@@ -105,6 +105,13 @@ def template(task: Task, candidate: Candidate, query: str, chat: bool) -> str:
     return f'{{% set turn %}}\n{text}{{% endset %}}\n{{{{ chat([{{"role": "user", "content": turn}}]) }}}}\n'
 
 
+def short(candidate: Candidate) -> str:
+    """Return the beginning of a candidate's instruction, and how many examples it shows."""
+    text = " ".join(candidate.text.split())
+    shots = f" + {len(candidate.shots)} examples" if candidate.shots else ""
+    return repr(text if len(text) <= 70 else text[:69] + "…") + shots
+
+
 TASKS: dict[str, Task] = {
     "generation": Task(
         "Continue as the examples do.",
