@@ -250,9 +250,9 @@ def prompts_table(summary: Mapping[str, Any]) -> RenderableType:
     rows = []
     for key, name in PROMPTS.items():
         if found := summary["test"].get(key):
-            gain = summary["gains"].get(key)
-            rows.append([name, amount(found["score"]), _interval(found), _signed(gain), _interval(gain)])
-    figures = table(["", summary["measure"], "95 % interval", "winner's gain", "95 % interval of it"], rows)
+            rows.append([name, _interval(found), _interval(summary["gains"].get(key), sign="+")])
+    headings = ["", f"{summary['measure']} (95 % interval)", "winner's gain (95 % interval)"]
+    figures = table(headings, rows)
     figures.rows[0].style = "bold"
     best, selection = summary["best"], summary["selection"]
     lines = (
@@ -274,9 +274,8 @@ PROMPTS = {
 """Rows of the table of a search: key of the summary, name."""
 
 
-def _interval(found: Mapping[str, Any] | None) -> str:
-    return MISSING if found is None else f"{amount(found['low'])} to {amount(found['high'])}"
-
-
-def _signed(found: Mapping[str, Any] | None) -> str:
-    return MISSING if found is None else f"{'+' if found['score'] > 0 else ''}{amount(found['score'])}"
+def _interval(found: Mapping[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return MISSING
+    sign = sign if found["score"] > 0 else ""
+    return f"{sign}{amount(found['score'])} ({amount(found['low'])} to {amount(found['high'])})"
