@@ -26,10 +26,11 @@ def hidden(params, view):
 
 
 def expected(prompt, answer):
-    """Each token's log-probability in float64, from the hidden states of this text alone, unpadded."""
+    """The answer's log-probability in float64, from the hidden states of this text alone."""
     tokens = [*prompt.encode(), *b" ", *answer.encode()]
-    position_BT = jnp.arange(len(tokens))[None]
-    view = View(jnp.array([tokens]), jnp.ones_like(position_BT), position_BT)
+    position_BT = jnp.arange(128)[None]
+    padded_BT = jnp.array([tokens + [0] * (128 - len(tokens))])
+    view = View(padded_BT, (position_BT < len(tokens)).astype(jnp.int32), position_BT)
     hidden_TD = np.asarray(hidden(jax.tree.map(jnp.asarray, weights()), view)[0], np.float64)
     logits_TV = (hidden_TD @ np.asarray(Model(CONFIG).head(weights()).w_DV, np.float64))[:, : CONFIG.vocab_size]
     logits_TV -= logits_TV.max(1, keepdims=True)
@@ -42,7 +43,7 @@ def wanted():
     return [expected(*pair) for pair in TEXTS]
 
 
-@pytest.mark.parametrize(("devices", "batch_tokens"), [(1, 10_000), (1, 1), (8, 10_000)])
+@pytest.mark.parametrize(("devices", "batch_tokens"), [(1, 10_000), (1, 64), (8, 10_000)])
 def test_likelihoods_are_those_of_float64_under_any_batching(wanted, devices, batch_tokens):
     tiny = speaker(devices, chat=False, batch_tokens=batch_tokens)
     weighed = tiny.weigh(TEXTS)
@@ -66,6 +67,9 @@ def test_a_text_is_read_once_for_all_answers_in_it_and_few_shapes_are_compiled()
     assert widths == [(2, 48), (2, 32)]  # a text of 48 ones holds the shorter ones, and 2 3 4 5 what begins so
     assert int((batches[1].view.segment_BT > 0).sum()) == 4
     assert batches[0].tokens_BRP.shape == (2, 16, 8)
+    batches.clear()
+    log_likelihoods(run, [([n], [n]) for n in range(50)], batch_tokens=400, most=48, unit=2)
+    assert [asked.view.tokens_BT.shape for asked in batches] == [(8, 32)] * 6 + [(2, 32)]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=1, max_size=12))

@@ -11,7 +11,7 @@ from kdjax.prompts.tasks import LIKELIHOOD, TASKS, Candidate, Example, show
 
 TASK = TASKS["classification"]
 LABELS = ("up", "down", "sideways")
-PLAIN, OTHER = Candidate("Which way?"), Candidate("Say where.", (Example("rise", "up"),))
+PLAIN = Candidate("Which way?")
 EXAMPLES = [Example("climb", "up"), Example("fall", "down"), Example("drift", "sideways")]
 
 
@@ -62,18 +62,6 @@ def test_calibration_takes_off_what_labels_get_without_content():
     accuracy = evaluate(stub, Scoring(TASK, "", LABELS), pairs, {PLAIN.id: prior})
     assert [e.score for e in accuracy] == [1.0, 1.0, 1.0] and [e.score for e in evaluate(
         stub, Scoring(TASK, "accuracy", LABELS, calibrated=False), pairs, {})] == [1.0, 0.0, 0.0]  # fmt: skip
-
-
-def test_a_real_model_scores_a_candidate_the_same_alone_and_among_others():
-    tiny, scoring = speaker(1, chat=False), Scoring(TASK, "probability", LABELS)
-    found = {c.id: p for c, p in zip((PLAIN, OTHER), priors(tiny, scoring, (PLAIN, OTHER)), strict=True)}
-    pairs = [(candidate, example) for candidate in (PLAIN, OTHER) for example in EXAMPLES]
-    together = evaluate(tiny, scoring, pairs, found)
-    alone = [evaluate(tiny, scoring, [pair], found)[0] for pair in (pairs[0], pairs[1])]
-    np.testing.assert_allclose([e.score for e in alone], [together[i].score for i in (0, 1)], rtol=1e-5)
-    assert len({round(e.score, 4) for e in together}) == 6
-    assert all(e.tokens == len(show(TASK, c, x.input)) + sum(len(y) + 1 for y in LABELS)
-               for e, (c, x) in zip(together, pairs, strict=True))  # fmt: skip
 
 
 def test_likelihood_is_the_mean_over_the_answers_tokens():

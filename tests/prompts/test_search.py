@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from hashlib import blake2b
@@ -20,6 +21,7 @@ from kdjax import search as job
 from kdjax.cli import main
 from kdjax.data.chat import render
 from kdjax.errors import UserError
+from kdjax.prompts.bench import PRIOR
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.speaker import Said, Weighed
 from kdjax.prompts.tasks import TASKS, Candidate, Example, show
@@ -116,20 +118,17 @@ def test_it_finds_what_was_planted_and_reports_once(config, stub, tmp_path):
     assert found["test"]["best"]["low"] > found["test"]["random"]["high"] and found["gains"]["random"]["low"] > 0
     assert found["gap"] == pytest.approx(found["selection"]["score"] - found["test"]["best"]["score"])
     assert 0 < found["evaluations"]["select"] <= 900 < found["candidates"] * 60
-    tokens = found["tokens"]
-    assert (
-        0.6 * (tokens["select"] + tokens["propose"]) < tokens["few_shot"] < 1.1 * (tokens["select"] + tokens["propose"])
-    )
+    taken = found["tokens"]["select"] + found["tokens"]["propose"]
+    assert 0.6 * taken < found["tokens"]["few_shot"] < 1.1 * taken
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    seen = {
-        part: {row["example"] for row in rows if row["part"] == part} - {"content-free"} for part in found["tokens"]
-    }
-    assert (
-        not seen["test"] & (seen["select"] | seen["propose"] | seen["few_shot"])
-        and not seen["select"] & seen["propose"]
-    )
+    seen = {part: {row["example"] for row in rows if row["part"] == part} - {PRIOR} for part in found["tokens"]}
+    assert not seen["test"] & (seen["select"] | seen["propose"] | seen["few_shot"])
+    assert seen["propose"] and not seen["select"] & seen["propose"]
     assert seen["few_shot"] <= seen["select"] and len(seen["test"]) == found["examples"]["test"] <= 80
     assert len({(row["part"], row["candidate"], row["example"]) for row in rows}) == len(rows)
+    assert found["tokens"] == {part: sum(row["tokens"] for row in rows if row["part"] == part) for part in seen}
+    paid = Counter(row["part"] for row in rows if row["example"] != PRIOR)
+    assert found["evaluations"] == paid
 
 
 def test_candidates_are_written_with_where_they_come_from(config, stub, tmp_path):
@@ -146,6 +145,28 @@ def test_candidates_are_written_with_where_they_come_from(config, stub, tmp_path
     view = (tmp_path / "run" / "best.txt").read_text()
     render(view, {"n": 7, "chat": lambda turns: said.append(turns[0]["content"]) or ""}, strict=True)
     assert said == [show(TASKS["classification"], winner, "number 7")]
+
+
+def test_rounds_pass_on_the_best_and_critics_see_failures_alone(config, stub, tmp_path, monkeypatch):
+    shops, parents, propose = [], [], job.propose
+
+    def watched(workshop, methods, alive, count, seed):
+        shops.append(workshop)
+        parents.append(alive)
+        return propose(workshop, methods, alive, count, seed)
+
+    monkeypatch.setattr(job, "propose", watched)
+    search(replace(config, beam=2), tmp_path / "run")
+    assert [len(alive) for alive in parents] == [10, 2]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
+    means = {row["id"]: row["scores"][0]["mean"] for row in rows}
+    assert all(means[one.id] > 0.5 for one in parents[1])
+    bench = shops[0].failures.__closure__[0].cell_contents
+    for candidate in parents[0][:3]:
+        failures = shops[0].failures(candidate)
+        assert 0 < len(failures) <= 4 and all(said != example.answer for example, said in failures)
+        assert all(bench.known("propose", candidate, example) == 0.0 for example, _ in failures)
+    assert shops[0].failures(Candidate("Go " + " ".join(WORDS))) == []
 
 
 @pytest.mark.parametrize("selector", ["halving", "ucb"])

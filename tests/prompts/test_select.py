@@ -83,6 +83,17 @@ def test_bounds_are_those_of_the_formula():
     np.testing.assert_allclose(width_Q, [sigma * math.sqrt(2 * math.log(3) / 2), sigma * math.sqrt(2 * math.log(3))])
 
 
+def test_ucb_looks_where_little_is_known_and_trusts_luck_less():
+    judge = Judge([0.0, 0.0], 30)
+    judge.scores_QJ[0, :10], judge.scores_QJ[1] = [3, 5] * 5, [5, *[4] * 29]
+    scores_QJ = judge.unknown()
+    scores_QJ[0, :10], scores_QJ[1, 0] = judge.scores_QJ[0, :10], 3.8
+    assert ucb(scores_QJ.copy(), judge, 2)[0] == 0 and judge.asked == [(1, 1), (1, 2)]  # 3.93 of three is less than 4
+    scores_QJ[1, 0] = 5
+    order = ucb(scores_QJ, judge, 2)  # means of 4.33 and 4, lower bounds of about 3.0 and 3.3
+    assert order == [0, 1] and scores_QJ[1, :3].mean() > 4
+
+
 def test_ucb_goes_by_scores_of_any_range():
     for scale in (1e-3, 1e3):
         judge = Judge(QUALITY, 60)

@@ -112,7 +112,7 @@ def test_no_server_is_one_line(monkeypatch):
     ("reply", "said"),
     [
         ((401, {"error": "who?"}, {}), "refuses .status 401: .*who"),
-        ((307, {}, {"Location": "http://127.0.0.1:9/elsewhere"}), "refuses .status 307"),
+        ((302, {}, {"Location": "http://127.0.0.1:9/elsewhere"}), "refuses .status 302"),
         ((200, {"choices": []}, {}), "wanted a chat completion"),
         ((200, [1], {}), "wanted a chat completion"),
     ],
