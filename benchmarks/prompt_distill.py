@@ -113,10 +113,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         [
             *lines,
             "",
-            f"Mean over seeds of the order of the data and the adapters; in brackets the lowest and highest end of "
-            f"their 95 % bootstrap intervals over {first['recovered_prompts']} held-out prompts, {first['steps']} "
-            f"steps; a request is {first['saved']['prompt_tokens']:,.0f} tokens shorter. Seconds of the recipe's runs, their "
-            f"answers not counted: {seconds}. {here['device']} ({here['platform']}); {versions}.",
+            "Mean over seeds of the order of the data and the adapters; in brackets the lowest and highest end of "
+            f"their 95 % bootstrap intervals over {first['recovered_prompts']} prompts. {first['steps']} steps; "
+            f"a request is {first['saved']['prompt_tokens']:,.0f} tokens shorter. Seconds of the recipe's "
+            f"runs, their answers not counted: {seconds}. {here['device']} ({here['platform']}); {versions}.",
         ]
     )
 

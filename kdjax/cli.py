@@ -12,13 +12,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
 from kdjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from kdjax.config import Config
+    from kdjax.prompts.config import PromptsConfig
+
+C = TypeVar("C", "Config", "PromptsConfig")
 
 INTERRUPTED = 130
 """The exit code of a command that was ended by SIGINT."""
@@ -78,7 +81,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("kdjax.train", "kdjax.student", "kdjax.answers"):
+    for name in ("kdjax.train", "kdjax.student", "kdjax.answers", "kdjax.search"):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -95,8 +98,8 @@ def _pass_over_late_callbacks(caught: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(caught)
 
 
-def _configured(options: argparse.Namespace, flags: list[str]) -> tuple[Config, Path]:
-    """Return the config with its flags applied, and the run directory; or print help, and leave."""
+def _configured(options: argparse.Namespace, flags: list[str], kind: type[C]) -> tuple[C, Path]:
+    """Return the config that a command names, its flags applied, and the run directory; or print help, and leave."""
     from kdjax import config as configs
 
     if options.config is None and {"-h", "--help"} & set(flags):
@@ -106,7 +109,8 @@ def _configured(options: argparse.Namespace, flags: list[str]) -> tuple[Config, 
         known = f": {', '.join(configs.recipes())}" if configs.recipes() else ""
         raise UserError(f"which config? A recipe{known}; or a config.json, or a run directory to go on with")
     command = f"kdjax {options.command} {options.config} [--run-dir DIR]"
-    config = configs.with_prompt(configs.override(configs.load(options.config), flags, command))
+    config = configs.override(configs.load(options.config, kind), flags, command)
+    config = configs.with_prompt(config) if isinstance(config, configs.Config) else config
     default = Path(options.config) if Path(options.config).is_dir() else Path("runs") / config.name
     return config, options.run_dir or default
 
@@ -115,11 +119,12 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     import jax
     from rich.console import Console
 
+    from kdjax.config import Config
     from kdjax.console import final_table
     from kdjax.report import write_report
     from kdjax.train import Stopped, train
 
-    config, directory = _configured(options, flags)
+    config, directory = _configured(options, flags, Config)
     try:
         summary = train(config, directory)
     except Stopped as stopped:
@@ -137,15 +142,30 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 
 def _answers(options: argparse.Namespace, flags: list[str]) -> int:
     from kdjax.answers import write_answers
+    from kdjax.config import Config
     from kdjax.lock import lock_run
 
-    config, directory = _configured(options, flags)
+    config, directory = _configured(options, flags, Config)
     if config.answers.by != "teacher":
         raise UserError("answers.by is 'data', so there is nothing to sample; set --answers.by teacher")
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory):
         print(write_answers(config, directory))
     return 0
+
+
+def _prompts(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.console import prompts_table
+    from kdjax.prompts.config import PromptsConfig
+    from kdjax.search import search
+
+    config, directory = _configured(options, flags, PromptsConfig)
+    summary = search(config, directory)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(prompts_table(summary))
+    console.print(f"prompt: {directory / 'best.txt'}   all candidates: {directory / 'prompts.jsonl'}")
 
 
 def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
@@ -238,7 +258,7 @@ def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
     fetch(options.name)
 
 
-CONFIGURED = (_train, _answers)
+CONFIGURED = (_train, _answers, _prompts)
 """Commands that take a config, and its fields as flags."""
 
 
@@ -278,6 +298,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     export.add_argument("model", metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
     _add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
+    _add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")

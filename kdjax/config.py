@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -27,6 +27,9 @@ from kdjax.models.config import ModelSpec
 from kdjax.optim import OptimConfig
 from kdjax.sampling import AnswersConfig
 from kdjax.sharding import MeshConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LEAST = {
     "steps": 1,
@@ -110,7 +113,11 @@ class Config:
             raise UserError("teacher.trained and teacher.lora are set, but a teacher is not trained; set the student's")
 
 
-def load(target: str) -> Config:
+C = TypeVar("C", bound="DataclassInstance")
+"""A class of configs: `Config`, or that of another job."""
+
+
+def load(target: str, kind: type[C] = Config) -> C:
     """Return the config of a recipe (.py with get_config()), a saved config.json, or a run directory.
 
     Raises:
@@ -123,7 +130,7 @@ def load(target: str) -> Config:
         raise UserError(
             f"no config at {str(path)!r}: wanted a recipe (.py), a config.json or a run directory{_nearest(target)}"
         )
-    return _from_recipe(path) if path.suffix == ".py" else from_json(_text(path), str(path))
+    return _from_recipe(path, kind) if path.suffix == ".py" else from_json(_text(path), str(path), kind)
 
 
 def recipes() -> list[str]:
@@ -142,23 +149,24 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is no UTF-8 text: {error}; wanted a recipe (.py) or a config.json") from error
 
 
-def _from_recipe(path: Path) -> Config:
+def _from_recipe(path: Path, kind: type[C]) -> C:
     """Return what get_config() of a recipe returns, its types checked as those of a config.json are."""
-    with _failing_as_user_error(path):
+    wanted = f"{kind.__module__}.{kind.__name__}"
+    with _failing_as_user_error(path, kind):
         get_config = runpy.run_path(str(path)).get("get_config")
     if not callable(get_config):
-        raise UserError(f"{path} has no get_config(); wanted a function that returns a kdjax.config.Config")
-    with _failing_as_user_error(path):
+        raise UserError(f"{path} has no get_config(); wanted a function that returns a {wanted}")
+    with _failing_as_user_error(path, kind):
         config = get_config()
-    if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} returned {type(config).__name__}; wanted a kdjax.config.Config")
-    with _failing_as_user_error(path):
+    if not isinstance(config, kind):
+        raise UserError(f"get_config() of {path} returned {type(config).__name__}; wanted a {wanted}")
+    with _failing_as_user_error(path, kind):
         text = json.dumps(dataclasses.asdict(config), default=os.fspath)
-    return from_json(text, str(path))
+    return from_json(text, str(path), kind)
 
 
 @contextlib.contextmanager
-def _failing_as_user_error(path: Path) -> Iterator[None]:
+def _failing_as_user_error(path: Path, config: Any) -> Iterator[None]:
     """Raise whatever a recipe raises as one line, with the recipe's line that it came from."""
     try:
         yield
@@ -166,13 +174,13 @@ def _failing_as_user_error(path: Path) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path} line {lines[-1]}" if lines else str(path)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{where}: {kind}{error}{_nearest_field(str(error))}") from error
+        raise UserError(f"{where}: {kind}{error}{_nearest_field(str(error), config)}") from error
 
 
-def _nearest_field(message: str) -> str:
+def _nearest_field(message: str, config: Any) -> str:
     """Return `did you mean` for a constructor's unexpected keyword, searched in the class that it names."""
     match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    parts = {part.__name__: part for part in _parts(Config)}
+    parts = {part.__name__: part for part in _parts(config)}
     if not match or match[1] not in parts:
         return ""
     return did_you_mean(match[2], [field.name for field in dataclasses.fields(parts[match[1]])])
@@ -187,7 +195,7 @@ def _parts(kind: Any) -> list[Any]:
     return [kind, *(part for hint in get_type_hints(kind).values() for part in _parts(hint))]
 
 
-def override(config: Config, flags: Sequence[str], command: str) -> Config:
+def override(config: C, flags: Sequence[str], command: str) -> C:
     """Return the config with dotted flags applied: ``--optim.learning-rate 1e-4``. ``--help`` prints all and exits.
 
     Flags of a teacher give one to a config that has none.
@@ -195,7 +203,7 @@ def override(config: Config, flags: Sequence[str], command: str) -> Config:
     Raises:
         UserError: an unknown flag, with the nearest name, or a value that does not fit.
     """
-    if config.teacher is None and any(flag.startswith("--teacher.") for flag in flags):
+    if isinstance(config, Config) and config.teacher is None and any(flag.startswith("--teacher.") for flag in flags):
         config = dataclasses.replace(config, teacher=ModelSpec())
     _refuse_unknown(config, flags)
     wrong = io.StringIO()
@@ -203,7 +211,7 @@ def override(config: Config, flags: Sequence[str], command: str) -> Config:
         with contextlib.redirect_stderr(wrong):
             # Otherwise an optional part (the teacher) would be a subcommand, and --teacher.source unknown.
             return tyro.cli(
-                Config, default=config, args=list(flags), prog=command, config=(tyro.conf.AvoidSubcommands,)
+                type(config), default=config, args=list(flags), prog=command, config=(tyro.conf.AvoidSubcommands,)
             )
     except SystemExit as stop:
         if not stop.code:
@@ -211,7 +219,7 @@ def override(config: Config, flags: Sequence[str], command: str) -> Config:
         raise UserError(_one_line(wrong.getvalue())) from None
 
 
-def _refuse_unknown(config: Config, flags: Sequence[str]) -> None:
+def _refuse_unknown(config: Any, flags: Sequence[str]) -> None:
     """Raise for the first flag that no field has, with the nearest that one has."""
     values = _flat(dataclasses.asdict(config))
     switches = [re.sub(r"(\w+)$", r"no_\1", name) for name, value in values.items() if isinstance(value, bool)]
@@ -234,12 +242,12 @@ def _one_line(box: str) -> str:
     return re.sub(r"^Error parsing (?!--)\S+: ", "", line).rstrip(".") + "; --help lists all flags"
 
 
-def to_json(config: Config) -> str:
+def to_json(config: Any) -> str:
     """Return the config as JSON that `from_json` reads back to an equal config."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def from_json(text: str, where: str = "config") -> Config:
+def from_json(text: str, where: str = "config", kind: type[C] = Config) -> C:
     """Return the config saved as `text`; fields that it lacks have their defaults.
 
     Raises:
@@ -249,7 +257,7 @@ def from_json(text: str, where: str = "config") -> Config:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
-    return _typed(Config, tree, where, "")
+    return _typed(kind, tree, where, "")
 
 
 def with_prompt(config: Config) -> Config:
@@ -328,7 +336,7 @@ WORDS = {
 """What a kind of value is called."""
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """Return ``field: old -> new`` for every field in which two configs differ."""
     return differences_of(dataclasses.asdict(old), dataclasses.asdict(new))
 

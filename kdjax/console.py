@@ -268,3 +268,39 @@ def recovered(summary: Mapping[str, Any]) -> list[str]:
             f"{saved['seconds_with'] - saved['seconds_without']:.2f} s to the first token here"
         )
     return said
+
+
+def prompts_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Return the table of a search's winner and its rivals on the examples to report on, and the winning prompt."""
+    rows = []
+    for key, name in PROMPTS.items():
+        if found := summary["test"].get(key):
+            rows.append([name, _interval(found), _interval(summary["gains"].get(key), sign="+")])
+    headings = ["", f"{summary['measure']} (95 % interval)", "winner's gain (95 % interval)"]
+    figures = table(headings, rows)
+    figures.rows[0].style = "bold"
+    best, selection = summary["best"], summary["selection"]
+    lines = (
+        f"{summary['candidates']} candidates; {sum(summary['evaluations'].values()):,} evaluations of "
+        f"{count(sum(summary['tokens'].values()))} tokens; {summary['examples']['test']} examples to report on",
+        f"the winner scored {amount(selection['score'])} where it was selected ({selection['examples']} examples): "
+        f"{amount(summary['gap'])} too much",
+        visible(best["text"]) + (f"\n(and {best['shots']} worked examples)" if best["shots"] else ""),
+    )
+    return Group(figures, "", *(Text(line) for line in lines))
+
+
+PROMPTS = {
+    "best": "the winner",
+    "random": "a candidate at random",
+    "first": "the first candidate",
+    "few_shot": "examples selected alone",
+}
+"""Rows of the table of a search: key of the summary, name."""
+
+
+def _interval(found: Mapping[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return MISSING
+    sign = sign if found["score"] > 0 else ""
+    return f"{sign}{amount(found['score'])} ({amount(found['low'])} to {amount(found['high'])})"

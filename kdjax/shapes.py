@@ -37,6 +37,8 @@ DIMENSIONS = {
     "X": "token types",
     "Y": "labels of a classifier",
     "Z": "model width, once more",
+    "Q": "candidate prompts",
+    "J": "examples that prompts are judged by",
 }
 
 

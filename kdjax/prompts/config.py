@@ -1,0 +1,146 @@
+"""What is configured of a job on prompts: a search, or prompts made for distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdjax.errors import UserError, did_you_mean
+from kdjax.models.config import DType
+from kdjax.prompts.propose import METHODS
+
+
+@dataclass(frozen=True)
+class SpeakerConfig:
+    """A model that is asked: a local one, or one behind a server that speaks OpenAI's protocol."""
+
+    source: str = ""
+    """A directory, run, .gguf file, known name or hub id; or where a server is: http://host:port/v1. Empty: none."""
+    model: str = ""
+    """What the server calls its model."""
+    key_variable: str = ""
+    """The environment variable that holds the server's key, which is never saved or shown; empty: no key."""
+    chat: bool = True
+    """A prompt is a user's turn in the model's own template, not plain text to go on with. A server is always asked
+    so."""
+    dtype: DType = "float32"
+    """Of a local model's weights and arithmetic."""
+    batch_size: int = 16
+    """Answers written at once; of a server: requests under way at once."""
+    batch_tokens: int = 2048
+    """Tokens read at once, over all devices, where answers are weighed and not written."""
+    timeout: float = 60.0
+    """Seconds after which a request to a server has failed."""
+    retries: int = 4
+    """How often a failed request is tried again, after 1, 2, 4, … seconds."""
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is asked over the network."""
+        return self.source.startswith(("http://", "https://"))
+
+    def check(self, name: str) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: a value outside its range, naming the field of the part `name`.
+        """
+        for field, least in (("batch_size", 1), ("batch_tokens", 1), ("retries", 0)):
+            if getattr(self, field) < least:
+                raise UserError(f"{name}.{field} is {getattr(self, field)}; wanted at least {least}")
+        if not self.timeout > 0:
+            raise UserError(f"{name}.timeout is {self.timeout}; wanted more than 0 seconds")
+        if self.is_server and not self.model:
+            raise UserError(f"{name}.source is a server; name its model in {name}.model")
+
+
+LEAST = {
+    "rounds": 1,
+    "beam": 1,
+    "children": 0,
+    "shots": 0,
+    "budget": 1,
+    "propose_rows": 1,
+    "select_rows": 1,
+    "test_rows": 1,
+    "max_new_tokens": 1,
+    "proposal_tokens": 1,
+    "proposal_temperature": 0,
+    "few_shot_baseline": 0,
+    "seed": 0,
+}
+"""The lowest value of each number."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Everything that decides what a job on prompts finds. A recipe in configs/ returns one from ``get_config()``."""
+
+    name: str = "prompts"
+    """The run directory is runs/NAME unless --run-dir says otherwise."""
+    task: Literal["generation", "classification", "question_answering", "summarising"] = "generation"
+    """What the prompt is for."""
+    sources: tuple[str, ...] = ("python_docs",)
+    """Where rows come from, as --data.sources of train."""
+    input: str = "{{ prompt }}"
+    """The template that writes an example's input from a row's columns; rows where it is empty are left out."""
+    answer: str = "{{ answer }}"
+    """The template that writes the answer that is wanted; rows where it is empty are left out."""
+    labels: tuple[str, ...] = ()
+    """The answers of a classification."""
+    measure: str = ""
+    """What is made highest: rouge_l, token_f1, exact_match, accuracy, probability (of the right label), likelihood (of
+    the answer, nats a token). Empty: the task's own."""
+    calibrated: bool = True
+    """Whether what labels get without any content is taken off."""
+    instructions: tuple[str, ...] = ()
+    """Instructions to begin with: texts, or @FILE with one a line (of a .jsonl file the field "prompt" of each)."""
+    methods: tuple[str, ...] = ("grips", "shots")
+    """How new candidates are made, in every round: ape, paraphrase, critique (with a proposer); grips, shots."""
+    rounds: int = 2
+    """How often candidates are made and selected among."""
+    beam: int = 3
+    """Candidates that a round leaves to the next."""
+    children: int = 4
+    """Candidates that each method makes in a round."""
+    shots: int = 3
+    """Worked examples that a candidate shows, at most."""
+    selector: Literal["halving", "ucb"] = "halving"
+    """How evaluations are spent among candidates."""
+    budget: int = 1000
+    """Evaluations of a candidate at an example to select by, over all rounds."""
+    propose_rows: int = 40
+    """Examples to learn from and to show."""
+    select_rows: int = 200
+    """Examples to select by."""
+    test_rows: int = 200
+    """Examples to report on, once."""
+    max_new_tokens: int = 32
+    """Of a written answer."""
+    proposal_tokens: int = 64
+    """Of what proposer and critic write."""
+    proposal_temperature: float = 1.0
+    """At which they write."""
+    few_shot_baseline: int = 3
+    """Worked examples of each set in the selection of examples alone that the search is compared with, at the same
+    tokens of scoring; 0 leaves it out."""
+    seed: int = 0
+    """Of the three parts, of draws and of intervals."""
+    scorer: SpeakerConfig = SpeakerConfig()
+    """The model that the prompt is for."""
+    proposer: SpeakerConfig = SpeakerConfig()
+    """The model that writes candidates; none: no method that needs one."""
+    critic: SpeakerConfig = SpeakerConfig()
+    """The model that says why a candidate fails; none: the proposer."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted at least {least}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+        for name in ("scorer", "proposer", "critic"):
+            getattr(self, name).check(name)
+        if not self.scorer.source:
+            raise UserError("scorer.source names no model; wanted the one that the prompt is for")

@@ -1,0 +1,101 @@
+"""Log-probabilities of answers: those of float64 on each answer alone, however batched and wherever run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_speaker import CONFIG, speaker, weights
+
+from kdjax.errors import UserError
+from kdjax.models import Model
+from kdjax.prompts import likelihood
+from kdjax.prompts.likelihood import log_likelihoods, merged
+from kdjax.shapes import View
+
+TEXTS = [
+    ("Is it so?", "yes"), ("Is it so?", "no"), ("Is it so?", "n"), ("x", "y"), ("Is it not so?", "yes"),
+    ("a long question " * 6, "never"), ("so", "a long answer " * 4),
+]  # fmt: skip
+
+
+@jax.jit
+def hidden(params, view):
+    return Model(CONFIG).apply(params, view).hidden_BTD
+
+
+def expected(prompt, answer):
+    """The answer's log-probability in float64, from the hidden states of this text alone."""
+    tokens = [*prompt.encode(), *b" ", *answer.encode()]
+    position_BT = jnp.arange(128)[None]
+    padded_BT = jnp.array([tokens + [0] * (128 - len(tokens))])
+    view = View(padded_BT, (position_BT < len(tokens)).astype(jnp.int32), position_BT)
+    hidden_TD = np.asarray(hidden(jax.tree.map(jnp.asarray, weights()), view)[0], np.float64)
+    logits_TV = (hidden_TD @ np.asarray(Model(CONFIG).head(weights()).w_DV, np.float64))[:, : CONFIG.vocab_size]
+    logits_TV -= logits_TV.max(1, keepdims=True)
+    log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
+    return sum(log_probs_TV[place - 1, tokens[place]] for place in range(len(prompt), len(tokens)))
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return [expected(*pair) for pair in TEXTS]
+
+
+@pytest.mark.parametrize(("devices", "batch_tokens"), [(1, 10_000), (1, 64), (8, 10_000)])
+def test_likelihoods_are_those_of_float64_under_any_batching(wanted, devices, batch_tokens):
+    tiny = speaker(devices, chat=False, batch_tokens=batch_tokens)
+    weighed = tiny.weigh(TEXTS)
+    np.testing.assert_allclose([w.log_prob for w in weighed], wanted, rtol=2e-5)
+    assert len({round(value, 3) for value in wanted}) == len(TEXTS)
+    assert [(w.prompt_tokens, w.answer_tokens) for w in weighed] == [(len(p), len(a) + 1) for p, a in TEXTS]
+    np.testing.assert_allclose([w.log_prob for w in tiny.weigh(TEXTS[::-1])], wanted[::-1], rtol=2e-5)
+
+
+def test_a_text_is_read_once_for_all_answers_in_it_and_few_shapes_are_compiled():
+    batches = []
+
+    def run(asked):
+        batches.append(asked)
+        return np.zeros(asked.tokens_BRP.shape)
+
+    pairs = [([1] * length, [answer]) for length in range(40, 49) for answer in range(5)]
+    pairs += [([2, 3], [4, 5, 6]), ([2, 3], [4, 7]), ([2], [3])]
+    log_likelihoods(run, pairs, batch_tokens=400, most=48, unit=2)
+    widths = [asked.view.tokens_BT.shape for asked in batches]
+    assert widths == [(2, 48), (2, 32)]  # a text of 48 ones holds the shorter ones, and 2 3 4 5 what begins so
+    assert int((batches[1].view.segment_BT > 0).sum()) == 4
+    assert batches[0].tokens_BRP.shape == (2, 16, 8)
+    batches.clear()
+    log_likelihoods(run, [([n], [n]) for n in range(50)], batch_tokens=400, most=48, unit=2)
+    assert [asked.view.tokens_BT.shape for asked in batches] == [(8, 32)] * 6 + [(2, 32)]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=1, max_size=12))
+def test_what_begins_a_kept_text_is_not_kept(contexts):
+    kept, row = merged(contexts)
+    assert all(kept[number][: len(context)] == context for context, number in zip(contexts, row, strict=True))
+    assert not any(a != b and b[: len(a)] == a for a in kept for b in kept)
+    assert set(kept) <= set(contexts) and len(set(kept)) == len(kept)
+
+
+def test_logits_exist_for_one_place_of_each_row_at_a_time():
+    tiny = speaker(1)
+    asked = likelihood._asked([((1,) * 60, {place: [7] for place in range(40)})], 4, 64)
+    jaxpr = str(jax.make_jaxpr(lambda a: likelihood.log_probs(tiny.model, tiny.params, a))(asked))
+    assert "4,264]" in jaxpr and "64,264]" not in jaxpr
+
+
+def test_devices_read_their_own_rows():
+    tiny = speaker(8)
+    asked = tiny.place.put_batch(likelihood._asked([((1,) * 30, {20: [7]})] * 16, 16, 32))
+    text = tiny._log_probs.lower(tiny.params, {}, asked).compile().as_text()
+    assert "2,32,16]" in text and "16,32,16]" not in text
+
+
+def test_what_cannot_be_weighed_is_refused():
+    with pytest.raises(UserError, match="longer than the 512 positions of tiny"):
+        speaker(1, chat=False).weigh([("x" * 511, "ab")])
+    with pytest.raises(UserError, match="empty"):
+        speaker(1).weigh([("x", "")])
