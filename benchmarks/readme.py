@@ -19,7 +19,18 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import generate, harness, kinds, loss_compiled, loss_table, memory, models, prompts, students
+from benchmarks import (
+    generate,
+    harness,
+    kinds,
+    loss_compiled,
+    loss_table,
+    memory,
+    models,
+    prompt_distill,
+    prompts,
+    students,
+)
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -168,6 +179,7 @@ MEMORY_BLOCKS: dict[str, Callable[[Path], str]] = {
 
 PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompts": lambda results: prompts.markdown(harness.read(results / "prompts.jsonl")),
+    "prompt_distill": lambda results: prompt_distill.markdown(harness.read(results / "prompt_distill.jsonl")),
 }
 """The same for the page of prompts."""
 
