@@ -1,6 +1,6 @@
 """A prompted teacher's forward pass: the prompt in each row, run once a batch, and run once for all.
 
-COMMAND: python -m benchmarks.prompts          (about 15 minutes on a CPU core once the teacher is fetched)
+COMMAND: python -m benchmarks.prompts          (about 17 minutes on a CPU core once the teacher is fetched)
 
 Each example has 64 tokens, of which the loss needs the hidden states of the last 32; before each stands one and the
 same prompt. What is timed is the teacher's part of a step, `kdjax.teacher.live_teacher`, in float32. Of each way the
