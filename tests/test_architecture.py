@@ -13,7 +13,7 @@ LINES = 400
 # Top to bottom: an import goes down or stays on its floor, never up or in a circle. A package is one row entry.
 FLOORS = (
     ("the door", {"cli", "__main__"}),
-    ("jobs", {"train", "build", "named", "jobs", "search", "student", "summary"}),
+    ("jobs", {"train", "build", "named", "jobs", "search", "student", "summary", "synthesis"}),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),
     ("tools", {"sharding", "optim", "checkpoint", "metrics", "console", "environment", "lock", "manifest", "shapes"}),
