@@ -29,6 +29,7 @@ from benchmarks import (
     models,
     prompt_distill,
     prompts,
+    search,
     students,
 )
 
@@ -40,6 +41,7 @@ STUDENTS = ROOT / "docs" / "students.md"
 GENERATION = ROOT / "docs" / "generation.md"
 MEMORY = ROOT / "docs" / "memory.md"
 PROMPTS = ROOT / "docs" / "prompts.md"
+SEARCH = ROOT / "docs" / "search.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -184,6 +186,12 @@ PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
 """The same for the page of prompts."""
 
 
+SEARCH_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "search": lambda results: search.markdown(harness.read(results / "search.jsonl")),
+}
+"""The same for the page of prompt search."""
+
+
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
     for name, make in blocks.items():
@@ -204,6 +212,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     GENERATION: partial(render_page, GENERATION_BLOCKS),
     MEMORY: partial(render_page, MEMORY_BLOCKS),
     PROMPTS: partial(render_page, PROMPT_BLOCKS),
+    SEARCH: partial(render_page, SEARCH_BLOCKS),
 }
 
 

@@ -81,8 +81,8 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("kdjax.train", "kdjax.student", "kdjax.answers", "kdjax.search"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("train", "student", "answers", "search", "synthesis"):
+        logging.getLogger(f"kdjax.{name}").setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not sys.warnoptions:
@@ -160,8 +160,14 @@ def _prompts(options: argparse.Namespace, flags: list[str]) -> None:
     from kdjax.console import prompts_table
     from kdjax.prompts.config import PromptsConfig
     from kdjax.search import search
+    from kdjax.synthesis import synthesise
 
     config, directory = _configured(options, flags, PromptsConfig)
+    if config.make != "search":
+        found = synthesise(config, directory)
+        print(f"{found['kept']:,} prompts kept; dropped: {json.dumps(found['dropped'])}")
+        print(f"prompts: {directory / 'prompts.jsonl'}")
+        return
     summary = search(config, directory)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(prompts_table(summary))

@@ -39,6 +39,9 @@ EVERY_SECONDS = 5.0
 FAILURES = 16
 """Examples at which a candidate is tried to find where it fails."""
 
+SUMMARY = "summary.json"
+"""Written last of all."""
+
 Summary = dict[str, Any]
 
 
@@ -74,19 +77,22 @@ def search(config: PromptsConfig, directory: Path) -> Summary:
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory):
         began = time.monotonic()
-        _claim(config, directory)
+        claim(config, directory)
+        if (directory / SUMMARY).exists():
+            log.info("%s has its prompt already", directory)
+            return json.loads((directory / SUMMARY).read_text("utf-8"))
         job = _begin(config, directory)
         best = _select(job)[0]
         _write(job, best, directory)
         log.info("reporting on %d examples that nothing has seen", len(job.splits.test))
         found = _summary(job, best)
         found |= {"seconds": time.monotonic() - began, "environment": describe()}
-        write_json(directory / "summary.json", found)
+        write_json(directory / SUMMARY, found)
     return found
 
 
-def _claim(config: PromptsConfig, directory: Path) -> None:
-    """Write the config, unless another one is there.
+def claim(config: PromptsConfig, directory: Path) -> None:
+    """Write the config into a run directory, unless another one is there.
 
     Raises:
         UserError: the directory holds something else.
@@ -153,7 +159,7 @@ def _failures(bench: Bench, examples: Sequence[Example], candidate: Candidate) -
     return [(example, said) for score, _, example, said in worst[:SHOWN] if score < 1.0]
 
 
-def _given(config: PromptsConfig) -> list[Candidate]:
+def given(config: PromptsConfig) -> list[Candidate]:
     """Return the candidates that a person wrote."""
     texts = [
         line
@@ -169,7 +175,7 @@ def _select(job: Search) -> list[Candidate]:
     Raises:
         UserError: there is no candidate.
     """
-    config, alive = job.config, _given(job.config)
+    config, alive = job.config, given(job.config)
     for number in range(config.rounds):
         seed = f"{config.seed} {number}"
         alive = [*alive, *propose(job.workshop, config.methods, alive, config.children, seed)]

@@ -15,7 +15,8 @@ FLOORS = (
     ("the door", {"cli", "__main__"}),
     (
         "jobs",
-        {"train", "build", "named", "jobs", "search", "student", "summary", "answers", "recovery", "on_policy"},
+        {"train", "build", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
+        | {"search", "synthesis"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),

@@ -14,6 +14,7 @@ import pytest
 import kdjax
 from kdjax import cli, config
 from kdjax.errors import UserError
+from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -21,6 +22,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 QUICKSTART = "python -m pip install -e . && kdjax train configs/quickstart.py"
 TESTS = 'python -m pip install -e ".[test]" && python -m pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+CONFIGS = {"train": config.Config(), "prompts": PromptsConfig(scorer=SpeakerConfig("a-model"))}
 
 README = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
 COMMAND = re.compile(r"(?:\s*[A-Z_]+=\S+)*\s*((?:kdjax|python -m|bash) .+)")
@@ -87,14 +90,16 @@ def wrong_arguments(arguments):
     """Return what is wrong with the arguments of kdjax, an empty text if nothing is."""
     try:
         options, flags = cli._parser()[0].parse_known_args(arguments)
-        if options.command != "train":
+        if options.command not in CONFIGS:
             return f"unknown {flags}" if flags else ""
         if options.config is None:
             return "no config"
         recipe = ROOT / options.config
         if options.config.endswith(".py") and not recipe.exists():
             return "no such recipe"
-        config.override(config.load(str(recipe)) if recipe.is_file() else config.Config(), flags, "kdjax train")
+        default = CONFIGS[options.command]
+        known = config.load(str(recipe), type(default)) if recipe.is_file() else default
+        config.override(known, flags, f"kdjax {options.command}")
     except SystemExit as stop:
         return "not understood" if stop.code else ""
     except UserError as error:
@@ -201,6 +206,8 @@ def test_no_tracked_file_names_a_machine():
         (wrong_commands, "`kdjax train configs/smoke.py --optim.nam muon`"),
         (wrong_commands, "`kdjax train configs/smoke.py --optim.name muons`"),
         (wrong_commands, "`kdjax train RUN --stepz 3`"),
+        (wrong_commands, "`kdjax prompts RUN --bugdet 3`"),
+        (wrong_commands, "`kdjax prompts configs/smoke.py`"),
         (wrong_commands, "`kdjax report RUN --inn page.html`"),
         (wrong_commands, "```sh\nA=1 kdjax evaluate\n```"),
         (wrong_commands, "`python -m benchmarks.nowhere`"),

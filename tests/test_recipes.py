@@ -16,12 +16,14 @@ from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
 from kdjax.models.registry import FAMILIES
+from kdjax.prompts.config import PromptsConfig
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.py"))
+SEARCHES = [ROOT / "configs" / "prompt_search.py"]
+RECIPES = sorted(set((ROOT / "configs").glob("*.py")) - set(SEARCHES))
 FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")
 
 SMOLLM2 = ModelConfig(
@@ -68,11 +70,22 @@ def test_there_are_recipes():
     assert {"quickstart", "smoke", "pretrain_tiny"} <= {path.stem for path in RECIPES}
 
 
-def test_its_head_says_what_it_is(recipe):
-    doc = ast.get_docstring(ast.parse(recipe.read_text()))
+def check_head(path, command):
+    doc = ast.get_docstring(ast.parse(path.read_text()))
     fields = dict(re.findall(r"^([A-Z]+): +(\S.*)$", doc, re.MULTILINE))
     assert tuple(fields)[:4] == FIELDS
-    assert fields["COMMAND"] == f"kdjax train {recipe.relative_to(ROOT)}"
+    assert fields["COMMAND"] == f"kdjax {command} {path.relative_to(ROOT)}"
+
+
+def test_its_head_says_what_it_is(recipe):
+    check_head(recipe, "train")
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_a_search_says_what_it_is_and_round_trips(path):
+    check_head(path, "prompts")
+    config = configs.load(str(path), PromptsConfig)
+    assert configs.from_json(configs.to_json(config), kind=PromptsConfig) == config and config.name == path.stem
 
 
 def test_its_json_round_trips(recipe):

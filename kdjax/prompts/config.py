@@ -68,6 +68,7 @@ LEAST = {
     "proposal_temperature": 0,
     "few_shot_baseline": 0,
     "seed": 0,
+    "count": 1,
 }
 """The lowest value of each number."""
 
@@ -78,6 +79,11 @@ class PromptsConfig:
 
     name: str = "prompts"
     """The run directory is runs/NAME unless --run-dir says otherwise."""
+    make: Literal["search", "self_instruct", "magpie"] = "search"
+    """Search for a prompt; or have the proposer make up prompts for distillation, from the instructions
+    (self_instruct) or out of its own chat template (magpie)."""
+    count: int = 100
+    """Prompts that are made up."""
     task: Literal["generation", "classification", "question_answering", "summarising"] = "generation"
     """What the prompt is for."""
     sources: tuple[str, ...] = ("python_docs",)
@@ -142,5 +148,6 @@ class PromptsConfig:
                 raise UserError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
         for name in ("scorer", "proposer", "critic"):
             getattr(self, name).check(name)
-        if not self.scorer.source:
-            raise UserError("scorer.source names no model; wanted the one that the prompt is for")
+        name, what = ("scorer", "the prompt is for") if self.make == "search" else ("proposer", "makes up prompts")
+        if not getattr(self, name).source:
+            raise UserError(f"{name}.source names no model; wanted the one that {what}")

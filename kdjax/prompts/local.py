@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdjax.data import Tokenizer, check_fits, load_tokenizer
 from kdjax.errors import UserError
@@ -15,6 +15,16 @@ from kdjax.prompts.config import SpeakerConfig
 from kdjax.prompts.likelihood import log_likelihoods, log_probs
 from kdjax.prompts.speaker import How, Said, Weighed
 from kdjax.sharding import MeshConfig, Placement, placement
+
+_USER = "what-the-user-says"
+"""Stands for a user's turn while it is looked where the template writes it."""
+
+
+class Turn(NamedTuple):
+    """What was written as a user's turn, and whether it came to its end."""
+
+    text: str
+    is_over: bool
 
 
 def open_local(config: SpeakerConfig) -> Local:
@@ -87,6 +97,24 @@ class Local:
             if all(is_over):
                 break
         return [Said(text, len(row) + len(new)) for text, row, new in zip(texts, ids, written, strict=True)]
+
+    def turns(self, count: int, how: How) -> list[Turn]:
+        """Return what it writes where its chat template lets the user speak.
+
+        Raises:
+            UserError: the template does not show where.
+        """
+        before, marker, _ = self.tokenizer.render([{"role": "user", "content": _USER}]).partition(_USER)
+        if not marker:
+            raise UserError(f"the chat template of {self.name} rewrites what a user says, so no turn can be made up")
+        ids = self.tokenizer.encode(before)
+        self._check_length(before, len(ids), how.max_new_tokens)
+        found: list[Turn] = []
+        for first in range(0, count, self.config.batch_size):
+            rows = min(self.config.batch_size, count - first)
+            said = self._batch([ids] * rows, how, first)
+            found += [Turn(one.text, one.tokens < len(ids) + how.max_new_tokens) for one in said]
+        return found
 
     def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[Weighed]:
         """Return how likely each answer is after its prompt, its end not counted.

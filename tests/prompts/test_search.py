@@ -254,7 +254,7 @@ def test_another_search_in_the_directory_is_refused(config, stub, tmp_path):
 def test_instructions_come_from_a_file_too(config, stub, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"prompt": "Go now."}\n{"prompt": "Go please."}\n')
     config = replace(config, instructions=("Go.", f"@{tmp_path / 'more.jsonl'}", "Go now."))
-    assert [one.text for one in job._given(config)] == ["Go.", "Go now.", "Go please."]
+    assert [one.text for one in job.given(config)] == ["Go.", "Go now.", "Go please."]
 
 
 @pytest.fixture(scope="module")
