@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
+from kdjax.arguments import add_config, add_generate, add_student
 from kdjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from kdjax.config import Config
+    from kdjax.pipeline import PipelineConfig
     from kdjax.prompts.config import PromptsConfig
 
-C = TypeVar("C", "Config", "PromptsConfig")
+C = TypeVar("C", "Config", "PipelineConfig", "PromptsConfig")
 
 INTERRUPTED = 130
 """The exit code of a command that was ended by SIGINT."""
@@ -81,7 +83,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("train", "student", "answers", "search", "synthesis"):
+    for name in ("train", "student", "answers", "search", "synthesis", "pipeline"):
         logging.getLogger(f"kdjax.{name}").setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -174,6 +176,25 @@ def _prompts(options: argparse.Namespace, flags: list[str]) -> None:
     console.print(f"prompt: {directory / 'best.txt'}   all candidates: {directory / 'prompts.jsonl'}")
 
 
+def _pipeline(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+
+    from kdjax.console import pipeline_table
+    from kdjax.pipeline import SUMMARY, PipelineConfig, pipeline
+    from kdjax.train import Stopped
+
+    config, directory = _configured(options, flags, PipelineConfig)
+    try:
+        summary = pipeline(config, directory)
+    except Stopped as stopped:
+        _say(str(stopped))
+        return stopped.exit_code
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(pipeline_table(summary))
+    console.print(f"figures: {directory / SUMMARY}   model: {directory / 'distil'}")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
     from rich.console import Console
 
@@ -264,7 +285,7 @@ def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
     fetch(options.name)
 
 
-CONFIGURED = (_train, _answers, _prompts)
+CONFIGURED = (_train, _answers, _prompts, _pipeline)
 """Commands that take a config, and its fields as flags."""
 
 
@@ -292,104 +313,23 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         command.set_defaults(run=run, print_help=command.print_help)
         return command
 
-    _add_config(add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on"))
-    _add_config(add("answers", _answers, "sample the teacher's answers that a config trains on; run again to go on"))
+    add_config(add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on"))
+    add_config(add("answers", _answers, "sample the teacher's answers that a config trains on; run again to go on"))
     evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument("--json", action="store_true", help="print JSON and nothing else")
     generate = add("generate", _generate, "continue a prompt with a run or a model")
     generate.add_argument("model", metavar="RUN_OR_MODEL")
-    _add_generate(generate)
+    add_generate(generate)
     export = add("export", _export, "write a run's model as a Hugging Face directory")
     export.add_argument("model", metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
-    _add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
-    _add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
+    add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
+    add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
+    add_config(add("pipeline", _pipeline, "find a prompt, distil it and evaluate; run again to go on"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")
     fetch = add("fetch", _fetch, "get a known model into the cache")
     fetch.add_argument("name")
     return parser, commands.choices
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    """Add a config and where to write; further flags are the config's own."""
-    name = command.prog
-    command.usage = f"{name} CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
-    command.epilog = f"`{name} CONFIG --help` lists the fields of the config with their values."
-    command.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
-    )
-    command.add_argument(
-        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
-    )
-
-
-def _add_generate(command: argparse.ArgumentParser) -> None:
-    """Add what is continued, and how."""
-    command.epilog = "The text of one prompt is shown as it comes; of several, a line of JSON each, in their order."
-    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    command.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='one a line; of a .jsonl file the field "prompt" of each line'
-    )
-    command.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
-    command.add_argument("--json", action="store_true", help="a line of JSON for a single prompt too")
-    command.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
-    command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    command.add_argument("--top-k", type=int, default=0, help="choose among so many tokens; 0: all (default)")
-    command.add_argument("--top-p", type=float, default=1.0, help="among those that hold this probability together")
-    command.add_argument("--min-p", type=float, default=0.0, help="among those of this share of the likeliest's")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch-size", type=int, default=16, help="prompts at once (default: %(default)s)")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
-    )
-
-
-def _add_student(command: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command that cuts students."""
-    command.add_argument("teacher", metavar="TEACHER", help="a directory, run, .gguf file, known name or hub id")
-    command.add_argument("out", type=Path, metavar="OUT", help="a new directory in Hugging Face's format")
-    command.add_argument("--layers", type=int, metavar="N", help="layers to keep")
-    command.add_argument("--keep-layers", type=int, nargs="+", default=[], metavar="I", help="which ones, from 0")
-    command.add_argument(
-        "--encoder-layers", type=int, metavar="N", help="layers to keep of the encoder beside a decoder"
-    )
-    command.add_argument(
-        "--choose",
-        choices=("even", "ends", "importance"),
-        default="even",
-        help="how --layers and --encoder-layers choose: spread with the first and last, the first and last halves, or "
-        "by how much each changes its input (default: %(default)s)",
-    )
-    command.add_argument("--mlp", type=int, metavar="N", help="neurons of each layer's mlp to keep")
-    command.add_argument("--heads", type=int, metavar="N", help="query heads to keep, as many of every group")
-    command.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads to keep, with their query heads")
-    command.add_argument("--width", type=int, metavar="N", help="channels of the embedding to keep")
-    command.add_argument(
-        "--vocab",
-        type=int,
-        metavar="N",
-        help="tokens of a byte-pair tokenizer to keep, the commonest in the text. A student is distilled by a teacher "
-        "of the same tokens: first cut the teacher alone (kdjax student TEACHER SMALLER --vocab N), then students out "
-        "of SMALLER",
-    )
-    command.add_argument("--dense", action="store_true", help="of each layer's experts keep the most used as its mlp")
-    command.add_argument(
-        "--sources", nargs="+", default=["python_docs"], metavar="SOURCE", help="text, as --data.sources of train"
-    )
-    command.add_argument("--rows", type=int, default=32, help="of text to measure on (default: %(default)s)")
-    command.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the measuring and of the weights written (default: %(default)s)",
-    )

@@ -299,6 +299,15 @@ PROMPTS = {
 """Rows of the table of a search: key of the summary, name."""
 
 
+def pipeline_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Return the table of a pipeline: scores with the prompt, without it, and distilled; and what that saves."""
+    names = {"prompted": "with the prompt", "unprompted": "without it", "distilled": "distilled, without it"}
+    rows = [[name, _interval(summary["test"].get(key))] for key, name in names.items()]
+    figures = table(["", f"{summary['measure']} (95 % interval)"], rows)
+    figures.rows[-1].style = "bold"
+    return Group(figures, "", *map(Text, recovered(summary["distil"])))
+
+
 def _interval(found: Mapping[str, Any] | None, sign: str = "") -> str:
     if found is None:
         return MISSING

@@ -91,7 +91,7 @@ def search(config: PromptsConfig, directory: Path) -> Summary:
     return found
 
 
-def claim(config: PromptsConfig, directory: Path) -> None:
+def claim(config: Any, directory: Path) -> None:
     """Write the config into a run directory, unless another one is there.
 
     Raises:
@@ -99,14 +99,14 @@ def claim(config: PromptsConfig, directory: Path) -> None:
     """
     saved = directory / "config.json"
     if saved.exists():
-        different = configs.differences(configs.load(str(saved), PromptsConfig), config)
+        different = configs.differences(configs.load(str(saved), type(config)), config)
         if different:
             raise UserError(
-                f"{directory} holds a search whose config differs ({'; '.join(different[:5])}); choose another "
-                "--run-dir, or delete that search"
+                f"{directory} holds a job whose config differs ({'; '.join(different[:5])}); choose another "
+                "--run-dir, or delete that job"
             )
     elif strangers := sorted(path.name for path in directory.iterdir() if path.name != ".lock"):
-        raise UserError(f"{directory} holds {strangers[0]!r} but no search; choose another --run-dir, or empty it")
+        raise UserError(f"{directory} holds {strangers[0]!r} but no job; choose another --run-dir, or empty it")
     write_json(saved, asdict(config))
 
 

@@ -1,0 +1,88 @@
+"""The arguments of the commands that have many."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """Add a config and where to write; further flags are the config's own."""
+    name = command.prog
+    command.usage = f"{name} CONFIG [--run-dir DIR] [--FIELD VALUE ...]"
+    command.epilog = f"`{name} CONFIG --help` lists the fields of the config with their values."
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory to go on with",
+    )
+    command.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="where everything is written; by default runs/NAME_OF_CONFIG"
+    )
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    """Add what is continued, and how."""
+    command.epilog = "The text of one prompt is shown as it comes; of several, a line of JSON each, in their order."
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    command.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line; of a .jsonl file the field "prompt" of each line'
+    )
+    command.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
+    command.add_argument("--json", action="store_true", help="a line of JSON for a single prompt too")
+    command.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    command.add_argument("--top-k", type=int, default=0, help="choose among so many tokens; 0: all (default)")
+    command.add_argument("--top-p", type=float, default=1.0, help="among those that hold this probability together")
+    command.add_argument("--min-p", type=float, default=0.0, help="among those of this share of the likeliest's")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=16, help="prompts at once (default: %(default)s)")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
+    )
+
+
+def add_student(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command that cuts students."""
+    command.add_argument("teacher", metavar="TEACHER", help="a directory, run, .gguf file, known name or hub id")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new directory in Hugging Face's format")
+    command.add_argument("--layers", type=int, metavar="N", help="layers to keep")
+    command.add_argument("--keep-layers", type=int, nargs="+", default=[], metavar="I", help="which ones, from 0")
+    command.add_argument(
+        "--encoder-layers", type=int, metavar="N", help="layers to keep of the encoder beside a decoder"
+    )
+    command.add_argument(
+        "--choose",
+        choices=("even", "ends", "importance"),
+        default="even",
+        help="how --layers and --encoder-layers choose: spread with the first and last, the first and last halves, or "
+        "by how much each changes its input (default: %(default)s)",
+    )
+    command.add_argument("--mlp", type=int, metavar="N", help="neurons of each layer's mlp to keep")
+    command.add_argument("--heads", type=int, metavar="N", help="query heads to keep, as many of every group")
+    command.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads to keep, with their query heads")
+    command.add_argument("--width", type=int, metavar="N", help="channels of the embedding to keep")
+    command.add_argument(
+        "--vocab",
+        type=int,
+        metavar="N",
+        help="tokens of a byte-pair tokenizer to keep, the commonest in the text. A student is distilled by a teacher "
+        "of the same tokens: first cut the teacher alone (kdjax student TEACHER SMALLER --vocab N), then students out "
+        "of SMALLER",
+    )
+    command.add_argument("--dense", action="store_true", help="of each layer's experts keep the most used as its mlp")
+    command.add_argument(
+        "--sources", nargs="+", default=["python_docs"], metavar="SOURCE", help="text, as --data.sources of train"
+    )
+    command.add_argument("--rows", type=int, default=32, help="of text to measure on (default: %(default)s)")
+    command.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the measuring and of the weights written (default: %(default)s)",
+    )
