@@ -42,7 +42,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         f"{amount(found['gap'])}.",
         "",
         f"The search took {spent['select']:,} evaluations of {tokens['select']:,} tokens, selecting examples alone "
-        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; all of it {found['seconds']:.0f} seconds on "
+        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; {environment['device']}, "
         f"{environment['cpu_cores']} CPU core(s); jax {environment['jax']}; commit {environment.get('commit', '?')}.",
     ]
     return "\n".join(lines)

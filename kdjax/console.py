@@ -276,7 +276,7 @@ def prompts_table(summary: Mapping[str, Any]) -> RenderableType:
     for key, name in PROMPTS.items():
         if found := summary["test"].get(key):
             rows.append([name, _interval(found), _interval(summary["gains"].get(key), sign="+")])
-    headings = ["", f"{summary['measure']} (95 % interval)", "winner's gain (95 % interval)"]
+    headings = ["", f"{summary['measure']} (95 % interval)", "gain over it (95 % interval)"]
     figures = table(headings, rows)
     figures.rows[0].style = "bold"
     best, selection = summary["best"], summary["selection"]

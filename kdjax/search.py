@@ -18,7 +18,7 @@ from kdjax.errors import UserError
 from kdjax.jobs import read_prompts
 from kdjax.lock import lock_run
 from kdjax.metrics import write_json
-from kdjax.prompts.bench import KEY, Bench, rank
+from kdjax.prompts.bench import BLOCK, KEY, Bench, rank
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.journal import Journal, Remembering
 from kdjax.prompts.open import open_speaker
@@ -120,7 +120,8 @@ def _begin(config: PromptsConfig, directory: Path) -> Search:
     splits = split(examples, (config.propose_rows, config.select_rows, config.test_rows), config.seed)
     log.info("examples to propose with, select by and report on: %d, %d, %d", *map(len, vars(splits).values()))
     scorer, proposer, critic = _speakers(config, directory)
-    bench = Bench(scorer, scoring, Journal(directory / "evaluations.jsonl", KEY))
+    block = config.scorer.batch_size if config.scorer.is_server else BLOCK
+    bench = Bench(scorer, scoring, Journal(directory / "evaluations.jsonl", KEY), block=block)
     how = How(config.proposal_tokens, sampling=Sampling(config.proposal_temperature), seed=config.seed)
     workshop = Workshop(
         scoring.task,

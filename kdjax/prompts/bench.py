@@ -21,7 +21,7 @@ KEY = ("part", "candidate", "example")
 """What an evaluation is known by, in evaluations.jsonl."""
 
 BLOCK = 64
-"""Evaluations that are asked of a model, and written down, together."""
+"""Evaluations that are asked of a local model, and written down, together."""
 
 PRIOR = "content-free"
 """The `example` of the row that has a candidate's prior."""
@@ -36,6 +36,7 @@ class Bench:
         scoring: measures.
         journal: what was paid for, in this process or an earlier one.
         report: called after every block.
+        block: evaluations that are asked, and written down, together: those that a kill may lose.
         spent: evaluations by part, counted as if no earlier process had paid: a job that was killed counts as one.
         tokens: that they took, by part.
     """
@@ -44,6 +45,7 @@ class Bench:
     scoring: Scoring
     journal: Journal
     report: Callable[[], None] = lambda: None
+    block: int = BLOCK
     spent: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     _counted: set[tuple[str, ...]] = field(default_factory=set)
@@ -58,8 +60,8 @@ class Bench:
         Raises:
             UserError: a score that is not finite.
         """
-        for first in range(0, len(pairs), BLOCK):
-            block = list(dict.fromkeys(pairs[first : first + BLOCK]))
+        for first in range(0, len(pairs), self.block):
+            block = list(dict.fromkeys(pairs[first : first + self.block]))
             known = self._priors(part, [candidate for candidate, _ in block]) if self.scoring.needs_priors else {}
             new = [pair for pair in block if self.journal.get(part, pair[0].id, pair[1].key) is None]
             if new:

@@ -9,10 +9,11 @@ import pytest
 
 from kdjax.errors import UserError
 from kdjax.prompts import server as client
-from kdjax.prompts.config import SpeakerConfig
+from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.speaker import How
 from kdjax.sampling import Sampling
+from kdjax.search import search
 
 pytestmark = pytest.mark.timeout(30)
 KEY = "sk-secret-1234"
@@ -149,6 +150,27 @@ def test_keys_stay_where_they_are(serve, monkeypatch):
         with pytest.raises(UserError, match="TINY_KEY is to hold the key") as error:
             open_speaker(speaker.config)
         assert not wrong or wrong not in str(error.value)
+
+
+def test_a_server_is_the_scorer_of_written_answers_in_a_search(serve, tmp_path):
+    def reply(body):
+        prompt = body["messages"][0]["content"]
+        return completion(prompt.split("Text: ")[-1].split("\n")[0] if "Repeat" in prompt else "something else")
+
+    speaker, seen, _ = serve(reply, batch_size=4)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"t": f"words number {n}"}) for n in range(60)))
+    config = PromptsConfig(
+        task="summarising", sources=(f"jsonl:{rows}",), input="{{ t }}", answer="{{ t }}", methods=(), rounds=1,
+        instructions=("Sing.", "Repeat it.", "Dance."), budget=30, few_shot_baseline=0, scorer=speaker.config,
+        propose_rows=5, select_rows=10, test_rows=10,
+    )  # fmt: skip
+    found = search(config, tmp_path / "run")
+    assert found["best"]["text"] == "Repeat it." and found["test"]["best"]["score"] == 1.0
+    assert (
+        len(seen) == sum(found["evaluations"].values()) and found["tokens"]["test"] == 11 * found["evaluations"]["test"]
+    )
+    assert all(KEY not in path.read_text() for path in (tmp_path / "run").iterdir())
 
 
 def test_a_server_weighs_nothing(serve):
