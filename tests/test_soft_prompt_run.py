@@ -71,7 +71,7 @@ def test_nothing_but_the_soft_prompt_has_a_state(made):
     assert all(of_teacher[path] is leaf for path, leaf in of_student.items()) and len(of_student) == len(of_teacher)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["prefix", pytest.param("prompt", marks=pytest.mark.slow)])
 def test_behind_the_whole_prompt_the_student_is_the_teacher(made, kind):
     job = build(replace(made, student=replace(made.student, soft_prompt=WHOLE[kind])))
     state = job.start()
@@ -90,21 +90,9 @@ def first_gradient(made):
     return jax.device_get(gradients["student"][SOFT_PROMPT]), float(metrics["loss"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        *(
-            pytest.param(kind, mesh, marks=pytest.mark.slow)
-            for kind, mesh in (
-                ("prompt", {"placement": "pmap"}),
-                ("prefix", {"placement": "pmap"}),
-                ("prompt", {"data": 2, "fsdp": 2, "tensor": 2}),
-                ("prefix", {"data": 2, "fsdp": 2, "tensor": 2}),
-            )
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mesh", [{"placement": "pmap"}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_trap_4_it_has_one_gradient_on_any_mesh(made, kind, mesh):
     made = of(made, tokens=3, kind=kind)
     want, loss = first_gradient(replace(made, mesh=MeshConfig(data=8), microbatches=1))

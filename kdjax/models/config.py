@@ -265,7 +265,7 @@ class SoftPrompt:
     """Random vectors, or what random tokens, or the tokens of `text`, have: their embeddings, or keys and values."""
     text: str = ""
     """With `start` prompt: a text as it stands before the student's view, or @FILE. Of one with more than `tokens`
-    tokens evenly spaced ones are kept."""
+    tokens the last ones are kept, and the first."""
 
     def __post_init__(self) -> None:
         """Check what no soft prompt can be made of."""
