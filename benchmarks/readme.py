@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import generate, harness, kinds, loss_compiled, loss_table, memory, models, students
+from benchmarks import generate, harness, kinds, loss_compiled, loss_table, memory, models, soft_prompts, students
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -28,6 +28,7 @@ MODELS = ROOT / "docs" / "models.md"
 STUDENTS = ROOT / "docs" / "students.md"
 GENERATION = ROOT / "docs" / "generation.md"
 MEMORY = ROOT / "docs" / "memory.md"
+PROMPTS = ROOT / "docs" / "prompts.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -166,6 +167,12 @@ MEMORY_BLOCKS: dict[str, Callable[[Path], str]] = {
 """The same for the page of memory."""
 
 
+PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "soft prompts": lambda results: soft_prompts.markdown(harness.read(results / "soft_prompts.jsonl")),
+}
+"""The same for the page of prompts."""
+
+
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
     for name, make in blocks.items():
@@ -185,6 +192,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     STUDENTS: partial(render_page, STUDENT_BLOCKS),
     GENERATION: partial(render_page, GENERATION_BLOCKS),
     MEMORY: partial(render_page, MEMORY_BLOCKS),
+    PROMPTS: partial(render_page, PROMPT_BLOCKS),
 }
 
 

@@ -272,3 +272,25 @@ def test_one_of_another_model_is_refused():
         check_fits(own, LLAMA, "here")
     with pytest.raises(UserError, match="base has a soft prompt.*name its base"):
         file_of(params_of(LLAMA) | random_soft("prompt")).check_plain()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_what_is_exported(tmp_path, base, kind):
+    """By hand, with `pip install peft torch`: neither is needed for anything else."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    file = open_model(str(base))
+    params = jax.tree.map(lambda x: jnp.asarray(x.all()), file.tensors) | random_soft(kind, file.config)
+    out = export_soft_prompt(file_of(params, file.config, str(base)), tmp_path / "out")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    tokens = some_tokens(2, 7)
+    with torch.no_grad():
+        ids = torch.from_numpy(np.asarray(tokens)).long()
+        wanted = peft.PeftModel.from_pretrained(whole, str(out)).eval()(
+            input_ids=ids, attention_mask=torch.ones_like(ids)
+        )
+    model = Model(file.config)
+    got = np.asarray(run(model, params, plain_view(tokens)).hidden_BTD) @ np.asarray(model.head(params).w_DV)
+    logits = wanted.logits[:, -7:].numpy()
+    np.testing.assert_allclose(got, logits, atol=2e-5 * np.abs(logits).max())
