@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
 from kdjax import config as configs
@@ -28,7 +29,10 @@ RESULTS = harness.RESULTS / "soft_prompts.jsonl"
 RECIPE = harness.ROOT / "configs" / "soft_prompt.py"
 
 KINDS, STARTS, TOKENS = ("prompt", "prefix"), ("prompt", "vocabulary", "random"), (16, 64)
-CASES = {f"{kind}-{start}-{n}": (kind, start, n) for n, start, kind in itertools.product(TOKENS, STARTS, KINDS)}
+CASES: dict[str, tuple[Any, Any, int]] = {
+    f"{kind}-{start}-{tokens}": (kind, start, tokens)
+    for tokens, start, kind in itertools.product(TOKENS, STARTS, KINDS)
+}
 """Name of a case -> kind, start and number of tokens."""
 
 RATES = {"prompt": 1e-2, "prefix": 1e-2}

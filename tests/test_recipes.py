@@ -93,8 +93,9 @@ def test_its_step_fits_together(recipe):
     view = View(tokens, tokens, tokens)
     view = replace(view, encoder=view) if student.model.config.encoder_layers else view
     batch = Batch(view, tokens, tokens, weights, weights)
-    state = jax.eval_shape(lambda key: init_state(parts, student.model.init(key)), jax.random.key(0))
-    frozen = {} if teacher is None else {"teacher": jax.eval_shape(teacher.model.init, jax.random.key(0))}
+    state = jax.eval_shape(lambda key: init_state(parts, student.init(key)), jax.random.key(0))
+    models = {"teacher": teacher, "student": None if student.is_whole else student}
+    frozen = {who: jax.eval_shape(named.model.init, jax.random.key(0)) for who, named in models.items() if named}
     after, metrics = jax.eval_shape(partial(step, recipe=parts), state, frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
