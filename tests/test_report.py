@@ -359,3 +359,22 @@ def test_a_report_says_what_was_trained_and_what_quantising_costs(tmp_path):
     for said in ("smollm2-135m-instruct in int4 → a copy of itself", "LoRA of rank 8", "final_norm, layers/mlp"):
         assert said in page.text
     assert "0.012" in page.text and "90.0 M bytes" in page.text
+
+
+def test_a_report_says_what_of_a_prompt_was_recovered(tmp_path):
+    own = {"recovered": 0.912, "recovered_interval": [0.887, 0.934], "recovered_prompts": 48, "recovered_own": 0.871}
+    own |= {
+        "saved": {"prompt_tokens": 179.0},
+        "continuations": {"with the prompt": "Ahoy!", "distilled, without": "Ay!"},
+    }
+    page = Page(write_report([make_run(tmp_path / "run", CONFIG, SUMMARY | own)], tmp_path / "page.html"))
+    for said in (
+        "91.2 %",
+        "95 % interval 88.7 % to 93.4 %, 48 held-out prompts",
+        "179 tokens",
+        "87.1 % recovered on",
+        "Ay!",
+    ):
+        assert said in page.text
+    damaged = SUMMARY | own | {"recovered_interval": [1], "saved": "much", "recovered_own": "most"}
+    Page(write_report([make_run(tmp_path / "other", CONFIG, damaged)], tmp_path / "page.html"))
