@@ -452,7 +452,15 @@ def _following(place, follows, batches):
     return seen, jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"placement": "pmap"}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 1},
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"placement": "pmap"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_teacher_is_the_moving_average_of_its_student(mesh):
     """Two batches: the average after each is by hand that of the parameters, and what taught is the one before."""
     devices = jax.devices()[:1] if mesh == {"data": 1} else None
