@@ -1,6 +1,6 @@
 """How much of a prompt soft prompts recover, by kind, start and number of tokens: configs/soft_prompt.py, many times.
 
-COMMAND: python -m benchmarks.soft_prompts          (about 50 minutes on 2 CPU cores; run again to go on)
+COMMAND: python -m benchmarks.soft_prompts          (about 90 minutes on 2 CPU cores; run again to go on)
          python -m benchmarks.soft_prompts --cases prompt-prompt-16 prefix-prompt-16          (a part of it)
 
 The teacher's answers are sampled once and shared. Rows go to benchmarks/results/soft_prompts.jsonl.

@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax train configs/soft_prompt.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
-TIME:     about 6 minutes once the model (93 MB) is fetched
-RESULT:   most of the prompt's effect on unseen questions is recovered, the model being left as it is (docs/prompts.md)
+TIME:     about 8 minutes once the model (93 MB) is fetched
+RESULT:   at least 80 % of the prompt's effect on unseen questions is recovered (figures: docs/prompts.md)
 """
 
 from kdjax.checkpoint import CheckpointConfig
@@ -74,7 +74,7 @@ def get_config() -> Config:
         prompt="What does numpy.mean do?",
         prompt_tokens=32,
         notes=(
-            'Next: kdjax generate runs/soft_prompt --prompt "<|im_start|>user ..." continues a text behind the vectors',
+            'Next: kdjax generate runs/soft_prompt --chat --prompt "What does shutil.move do?"',
             "For PEFT: kdjax export runs/soft_prompt OUT_DIR",
         ),
     )
