@@ -14,7 +14,7 @@ import pytest
 import kdjax
 from kdjax import cli, config
 from kdjax.errors import UserError
-from kdjax.prompts.config import PromptsConfig, SpeakerConfig
+from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -23,7 +23,8 @@ QUICKSTART = "python -m pip install -e . && kdjax train configs/quickstart.py"
 TESTS = 'python -m pip install -e ".[test]" && python -m pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-CONFIGS = {"train": config.Config(), "prompts": PromptsConfig(scorer=SpeakerConfig("a-model"))}
+SEARCH = PromptsConfig(scorer=SpeakerConfig("a-model"))
+CONFIGS = {"train": config.Config(), "prompts": SEARCH, "effect": EffectConfig(SEARCH)}
 
 README = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
 COMMAND = re.compile(r"(?:\s*[A-Z_]+=\S+)*\s*((?:kdjax|python -m|bash) .+)")

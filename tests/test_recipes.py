@@ -16,14 +16,15 @@ from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
 from kdjax.models.registry import FAMILIES
-from kdjax.prompts.config import PromptsConfig
+from kdjax.prompts.config import EffectConfig, PromptsConfig
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
 SEARCHES = [ROOT / "configs" / "prompt_search.py"]
-RECIPES = sorted(set((ROOT / "configs").glob("*.py")) - set(SEARCHES))
+EFFECTS = [ROOT / "configs" / "effect.py"]
+RECIPES = sorted(set((ROOT / "configs").glob("*.py")) - set(SEARCHES) - set(EFFECTS))
 FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")
 
 SMOLLM2 = ModelConfig(
@@ -86,6 +87,13 @@ def test_a_search_says_what_it_is_and_round_trips(path):
     check_head(path, "prompts")
     config = configs.load(str(path), PromptsConfig)
     assert configs.from_json(configs.to_json(config), kind=PromptsConfig) == config and config.name == path.stem
+
+
+@pytest.mark.parametrize("path", EFFECTS, ids=lambda path: path.stem)
+def test_an_analysis_says_what_it_is_and_round_trips(path):
+    check_head(path, "effect")
+    config = configs.load(str(path), EffectConfig)
+    assert configs.from_json(configs.to_json(config), kind=EffectConfig) == config and config.name == path.stem
 
 
 def test_its_json_round_trips(recipe):
