@@ -21,9 +21,9 @@ from kdjax.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from kdjax.config import Config
     from kdjax.pipeline import PipelineConfig
-    from kdjax.prompts.config import PromptsConfig
+    from kdjax.prompts.config import EffectConfig, PromptsConfig
 
-C = TypeVar("C", "Config", "PipelineConfig", "PromptsConfig")
+C = TypeVar("C", "Config", "EffectConfig", "PipelineConfig", "PromptsConfig")
 
 INTERRUPTED = 130
 """The exit code of a command that was ended by SIGINT."""
@@ -83,7 +83,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("train", "student", "answers", "search", "synthesis", "pipeline"):
+    for name in ("train", "student", "answers", "search", "synthesis", "pipeline", "effect"):
         logging.getLogger(f"kdjax.{name}").setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -195,6 +195,21 @@ def _pipeline(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _effect(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.effect import EFFECT, effect
+    from kdjax.prompts.config import EffectConfig
+    from kdjax.report.effect import effect_table, write_effect
+
+    config, directory = _configured(options, flags, EffectConfig)
+    found = effect(config, directory)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(effect_table(found))
+    page = write_effect(config.name, found, directory / "report.html")
+    console.print(f"figures: {directory / EFFECT}   report: {page}")
+
+
 def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
     from rich.console import Console
 
@@ -285,7 +300,7 @@ def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
     fetch(options.name)
 
 
-CONFIGURED = (_train, _answers, _prompts, _pipeline)
+CONFIGURED = (_train, _answers, _prompts, _pipeline, _effect)
 """Commands that take a config, and its fields as flags."""
 
 
@@ -327,6 +342,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     add_student(add("student", _student, "cut a student out of a teacher, and measure it before training"))
     add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
     add_config(add("pipeline", _pipeline, "find a prompt, distil it and evaluate; run again to go on"))
+    add_config(add("effect", _effect, "say what a prompt changes on a task, and what it costs; run again to go on"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")

@@ -15,7 +15,7 @@ import kdjax
 from kdjax import cli, config
 from kdjax.errors import UserError
 from kdjax.pipeline import PipelineConfig
-from kdjax.prompts.config import PromptsConfig, SpeakerConfig
+from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -29,6 +29,7 @@ CONFIGS = {
     "train": config.Config(),
     "answers": config.Config(),
     "prompts": SEARCH,
+    "effect": EffectConfig(SEARCH),
     "pipeline": PipelineConfig(SEARCH, config.Config()),
 }
 

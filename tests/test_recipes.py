@@ -17,13 +17,17 @@ from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
 from kdjax.models.registry import FAMILIES
 from kdjax.pipeline import PipelineConfig
-from kdjax.prompts.config import PromptsConfig
+from kdjax.prompts.config import EffectConfig, PromptsConfig
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
-OTHERS = {"prompt_search": ("prompts", PromptsConfig), "prompt_pipeline": ("pipeline", PipelineConfig)}
+OTHERS = {
+    "effect": ("effect", EffectConfig),
+    "prompt_search": ("prompts", PromptsConfig),
+    "prompt_pipeline": ("pipeline", PipelineConfig),
+}
 """Recipes of other commands than train: name -> command, kind of config."""
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")

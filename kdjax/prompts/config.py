@@ -151,3 +151,54 @@ class PromptsConfig:
         name, what = ("scorer", "the prompt is for") if self.make == "search" else ("proposer", "makes up prompts")
         if not getattr(self, name).source:
             raise UserError(f"{name}.source names no model; wanted the one that {what}")
+
+
+LEAST_OF_EFFECT = {"most_prompts": 1, "orders": 1, "draws": 1, "most_shots": 0, "bins": 1, "distil_seconds": 0}
+"""The lowest value of each number of an analysis."""
+
+
+@dataclass(frozen=True)
+class EffectConfig:
+    """What is found out about the effect of prompts on a task. A recipe in configs/ returns one."""
+
+    prompts: PromptsConfig
+    """Task, rows, measure and model, as in a search; its instructions are the prompts, the first is looked at closely.
+    What concerns searching is not read."""
+    name: str = "effect"
+    """The run directory is runs/NAME unless --run-dir says otherwise."""
+    candidates: str = ""
+    """A search's prompts.jsonl (the winner first) or best.txt (one prompt); they take the place of the instructions."""
+    most_prompts: int = 8
+    """So many prompts are scored at most, the first ones."""
+    orders: int = 4
+    """Orders of the worked examples that are tried."""
+    draws: int = 3
+    """Draws of worked examples that are tried, at each number of them."""
+    most_shots: int = 8
+    """The number of worked examples is doubled up to this, as far as the context holds."""
+    label_sets: tuple[str, ...] = ()
+    """Other words for the labels, each time all of them in their order with commas between: "subject, package"."""
+    bins: int = 10
+    """Of confidence, for the expected calibration error."""
+    distil_seconds: float = 0.0
+    """What distilling the prompt takes; 0: not known."""
+    distil_run: str = ""
+    """A run that distilled it, whose summary.json says how long that took."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST_OF_EFFECT.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted at least {least}")
+        if self.prompts.make != "search":
+            raise UserError(f"prompts.make is {self.prompts.make!r}; an analysis wants 'search'")
+        if self.prompts.scorer.is_server:
+            raise UserError("prompts.scorer is a server, which gives no distributions; name a local model")
+        for text in self.label_sets:
+            words = [word.strip() for word in text.split(",")]
+            if len(words) != len(self.prompts.labels) or len(set(words)) < len(words) or "" in words:
+                raise UserError(
+                    f"label_sets has {text!r}; wanted {len(self.prompts.labels)} different words with commas between, "
+                    f"one for each of {', '.join(self.prompts.labels) or 'no labels'}"
+                )
+        if self.distil_seconds and self.distil_run:
+            raise UserError("distil_seconds and distil_run are both set; give one of them")

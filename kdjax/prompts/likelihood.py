@@ -72,8 +72,8 @@ def log_likelihoods(
             known = asked[row].setdefault(place, [])
             known += [] if token in known else [token]
     found: list[dict[tuple[int, int], float]] = [{} for _ in contexts]
-    for numbers, width in _batches(contexts, batch_tokens, most, unit):
-        batch = _asked([(contexts[n], asked[n]) for n in numbers], _power(len(numbers), unit), width)
+    for numbers, width in batches(contexts, batch_tokens, most, unit):
+        batch = in_batch([(contexts[n], asked[n]) for n in numbers], power(len(numbers), unit), width)
         for number, log_probs_RP in zip(numbers, np.asarray(run(batch)), strict=False):
             for (place, tokens), log_probs_P in zip(asked[number].items(), log_probs_RP.tolist(), strict=False):
                 found[number] |= {(place, token): value for token, value in zip(tokens, log_probs_P, strict=False)}
@@ -94,11 +94,11 @@ def merged(contexts: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     return kept, [row[context] for context in contexts]
 
 
-def _batches(contexts: Sequence[Tokens], batch_tokens: int, most: int, unit: int) -> Iterator[tuple[list[int], int]]:
+def batches(contexts: Sequence[Tokens], batch_tokens: int, most: int, unit: int) -> Iterator[tuple[list[int], int]]:
     """Yield the numbers of rows that are read together and their width, the longest first."""
     by_width: dict[int, list[int]] = {}
     for number in sorted(range(len(contexts)), key=lambda number: -len(contexts[number])):
-        by_width.setdefault(min(_width(len(contexts[number])), most), []).append(number)
+        by_width.setdefault(min(padded(len(contexts[number])), most), []).append(number)
     for width, numbers in by_width.items():
         rows = unit
         while 2 * rows * width <= batch_tokens:
@@ -106,14 +106,15 @@ def _batches(contexts: Sequence[Tokens], batch_tokens: int, most: int, unit: int
         yield from ((numbers[first : first + rows], width) for first in range(0, len(numbers), rows))
 
 
-def _width(length: int) -> int:
+def padded(length: int) -> int:
+    """Return the width of the narrowest batch that so many tokens fit into."""
     width = NARROWEST
     while width < length:
         width = width * 4 // 3 if width & (width - 1) else width * 3 // 2
     return width
 
 
-def _power(count: int, unit: int = 1) -> int:
+def power(count: int, unit: int = 1) -> int:
     """Return the least of unit, 2·unit, 4·unit, … that is not below a number: few shapes are compiled."""
     size = unit
     while size < count:
@@ -121,10 +122,10 @@ def _power(count: int, unit: int = 1) -> int:
     return size
 
 
-def _asked(rows: Sequence[tuple[Tokens, dict[int, list[int]]]], count: int, width: int) -> Asked:
+def in_batch(rows: Sequence[tuple[Tokens, dict[int, list[int]]]], count: int, width: int) -> Asked:
     """Return `count` rows of so many tokens, the last ones empty."""
-    places = _power(max(len(wanted) for _, wanted in rows))
-    picks = _power(max(len(tokens) for _, wanted in rows for tokens in wanted.values()))
+    places = power(max(len(wanted) for _, wanted in rows))
+    picks = power(max(len(tokens) for _, wanted in rows for tokens in wanted.values()))
     tokens_BT, segment_BT = np.zeros((2, count, width), np.int32)
     rows_BR, tokens_BRP = np.zeros((count, places), np.int32), np.zeros((count, places, picks), np.int32)
     for number, (row, wanted) in enumerate(rows):

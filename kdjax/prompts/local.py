@@ -64,7 +64,7 @@ class Local:
         Raises:
             UserError: a prompt that is too long.
         """
-        ids = [self._prompt(prompt) for prompt in prompts]
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
             self._check_length(prompt, len(tokens), how.max_new_tokens)
         check_prompts(self.model, ids, how.max_new_tokens)
@@ -124,8 +124,8 @@ class Local:
         """
         if self.model.config.encoder_layers:
             raise UserError(f"{self.name} is an encoder-decoder; answers are weighed by decoders alone")
-        prompts = {prompt: self._prompt(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in pairs)}
-        answers = {answer: self._answer(answer) for answer in dict.fromkeys(answer for _, answer in pairs)}
+        prompts = {prompt: self.prompt_ids(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in pairs)}
+        answers = {answer: self.answer_ids(answer) for answer in dict.fromkeys(answer for _, answer in pairs)}
         ids = [(prompts[prompt], answers[answer]) for prompt, answer in pairs]
         for (prompt, _), (before, after) in zip(pairs, ids, strict=True):
             self._check_length(prompt, len(before), len(after))
@@ -142,13 +142,19 @@ class Local:
     def _log_probs(self) -> Callable[..., Any]:
         return self.place.compile_sums(lambda params, _, asked: log_probs(self.model, params, asked))
 
-    def _prompt(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the tokens of a prompt."""
         if self.config.chat:
             turn = [{"role": "user", "content": text}]
             return self.tokenizer.encode(self.tokenizer.render(turn, add_generation_prompt=True))
         return self.tokenizer.encode_prompt(text, is_input=self.model.config.encoder_layers > 0)
 
-    def _answer(self, text: str) -> list[int]:
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the tokens of an answer.
+
+        Raises:
+            UserError: there are none.
+        """
         ids = self.tokenizer.encode(text if self.config.chat else f" {text}")
         if not text or not ids:
             raise UserError("an answer is empty, so it has no probability; leave that row out")

@@ -97,11 +97,11 @@ def priors(speaker: Speaker, scoring: Scoring, candidates: Sequence[Candidate]) 
     Paper: Zhao et al. 2021, Calibrate Before Use, arXiv:2102.09690, section 5.
     """
     pairs = [(candidate, Example(text, "")) for candidate in candidates for text in CONTENT_FREE]
-    weighed = _weigh_labels(speaker, scoring, pairs)
+    weighed = weigh_labels(speaker, scoring, pairs)
     found = []
     for first in range(0, len(pairs), len(CONTENT_FREE)):
         some = weighed[first : first + len(CONTENT_FREE)]
-        probs_Y = np.mean([np.exp(_log_softmax(log_probs_Y)) for log_probs_Y, _ in some], axis=0)
+        probs_Y = np.mean([np.exp(log_softmax(log_probs_Y)) for log_probs_Y, _ in some], axis=0)
         found.append(Prior(tuple(np.log(probs_Y + 1e-30).tolist()), sum(tokens for _, tokens in some)))
     return found
 
@@ -153,11 +153,11 @@ def _by_labels(
 ) -> list[Evaluation]:
     """Return 1 or 0 by the likeliest label, or the right label's probability, once what it gets anyway is taken off."""
     found = []
-    for (candidate, example), (log_probs_Y, tokens) in zip(pairs, _weigh_labels(speaker, scoring, pairs), strict=True):
+    for (candidate, example), (log_probs_Y, tokens) in zip(pairs, weigh_labels(speaker, scoring, pairs), strict=True):
         if scoring.needs_priors:
             log_probs_Y = log_probs_Y - np.array(prior_of[candidate.id].log_probs)
         right, best = scoring.labels.index(example.answer), int(np.argmax(log_probs_Y))
-        score = LABEL_SCORES[scoring.measure](_log_softmax(log_probs_Y), right)
+        score = LABEL_SCORES[scoring.measure](log_softmax(log_probs_Y), right)
         found.append(Evaluation(score, tokens, scoring.labels[best]))
     return found
 
@@ -169,7 +169,7 @@ LABEL_SCORES: dict[str, Callable[[np.ndarray, int], float]] = {
 """Measures by the labels' log-probabilities and the number of the right one."""
 
 
-def _weigh_labels(speaker: Speaker, scoring: Scoring, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, int]]:
+def weigh_labels(speaker: Speaker, scoring: Scoring, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, int]]:
     """Return the log-probability of each label, summed over its tokens, and the tokens read: a prompt counts once."""
     prompts = [show(scoring.task, candidate, example.input) for candidate, example in pairs]
     weighed = speaker.weigh([(prompt, label) for prompt in prompts for label in scoring.labels])
@@ -180,6 +180,7 @@ def _weigh_labels(speaker: Speaker, scoring: Scoring, pairs: Sequence[Pair]) -> 
     ]
 
 
-def _log_softmax(x_Y: np.ndarray) -> np.ndarray:
+def log_softmax(x_Y: np.ndarray) -> np.ndarray:
+    """Return log-probabilities that sum to 1."""
     shifted_Y = x_Y - x_Y.max()
     return shifted_Y - np.log(np.exp(shifted_Y).sum())

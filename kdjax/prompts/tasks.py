@@ -68,6 +68,9 @@ class Task:
             log-probabilities (`kdjax.prompts.score`), so they have no function.
         corpus: measures of all answers together, by name; reported, never selected by.
         stop: strings before which an answer ends.
+        colon: what follows each of the words.
+        between: what stands between an input and its answer.
+        apart: what stands between instruction and examples.
     """
 
     instruction: str
@@ -75,6 +78,9 @@ class Task:
     measures: Mapping[str, Measure | None]
     corpus: Mapping[str, Callable[[Sequence[str]], float]] = field(default_factory=dict)
     stop: tuple[str, ...] = ("\n",)
+    colon: str = ":"
+    between: str = "\n"
+    apart: str = "\n\n"
 
     @property
     def has_labels(self) -> bool:
@@ -84,9 +90,10 @@ class Task:
 
 def show(task: Task, candidate: Candidate, query: str) -> str:
     """Return the prompt: instruction, worked examples, the input that is asked, each after a blank line."""
-    given, wanted = task.words
-    shots = [f"{given}: {shot.input}\n{wanted}: {shot.answer}" for shot in candidate.shots]
-    return "\n\n".join(part for part in [candidate.text, *shots, f"{given}: {query}\n{wanted}:"] if part)
+    given, wanted = (f"{word}{task.colon}" for word in task.words)
+    shots = [f"{given} {shot.input}{task.between}{wanted} {shot.answer}" for shot in candidate.shots]
+    asked = f"{given} {query}{task.between}{wanted}"
+    return task.apart.join(part for part in [candidate.text, *shots, asked] if part)
 
 
 def template(task: Task, candidate: Candidate, query: str, chat: bool) -> str:

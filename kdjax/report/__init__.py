@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from kdjax import console
 from kdjax.console import amount, comparison
 from kdjax.errors import UserError
 from kdjax.report import words
+from kdjax.report.page import fill
 from kdjax.report.plots import plots, swatch
 from kdjax.report.run import Run, labels, load_run
 
@@ -46,7 +43,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def _page_of_one(run: Run) -> str:
     figures = {**console.FIGURES, "cross entropy\n(nats)": ("ce_{}", amount)}
-    return _fill(
+    return fill(
         "run.html",
         run=run,
         words=words,
@@ -57,7 +54,7 @@ def _page_of_one(run: Run) -> str:
 
 def _page_of_several(runs: Sequence[Run]) -> str:
     names = labels(runs)
-    return _fill(
+    return fill(
         "runs.html",
         runs=dict(zip(names, runs, strict=True)),
         models=[words.what(run.config) for run in runs],
@@ -69,16 +66,3 @@ def _page_of_several(runs: Sequence[Run]) -> str:
         said=[(name, *said) for name, run in zip(names, runs, strict=True) if (said := words.last_words(run.summary))],
         pretty=words.pretty,
     )
-
-
-def _fill(template: str, **values: Any) -> str:
-    """Return the filled template; whatever is not our own markup is made visible and escaped."""
-    environment = Environment(
-        loader=PackageLoader("kdjax.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else console.visible(value),
-    )
-    return environment.get_template(template).render(values)

@@ -189,6 +189,16 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tupl
     return steps[kept], values[kept]
 
 
+def drawn(title: str, draw: Callable[[Axes], None], prefix: str) -> Markup:
+    """Return an inline SVG of one pair of axes, filled by `draw`."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title)
+        draw(axes)
+        return _svg(figure, title, prefix)
+
+
 def _picture(found: Sequence[tuple[Panel, list[Curve]]], runs: Runs, prefix: str) -> Markup:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
@@ -196,9 +206,13 @@ def _picture(found: Sequence[tuple[Panel, list[Curve]]], runs: Runs, prefix: str
         for axes, (panel, curves) in zip(column, found, strict=True):
             _fill(axes, panel, curves, _of_teacher(panel, runs), is_one_run=len(runs) == 1)
         figure.axes[-1].set_xlabel("step")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue(), ", ".join(panel.title for panel, _ in found), prefix)
+        return _svg(figure, ", ".join(panel.title for panel, _ in found), prefix)
+
+
+def _svg(figure: Figure, title: str, prefix: str) -> Markup:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), title, prefix)
 
 
 def _fill(axes: Axes, panel: Panel, curves: list[Curve], teacher: float | None, is_one_run: bool) -> None:

@@ -82,14 +82,14 @@ def test_what_begins_a_kept_text_is_not_kept(contexts):
 
 def test_logits_exist_for_one_place_of_each_row_at_a_time():
     tiny = speaker(1)
-    asked = likelihood._asked([((1,) * 60, {place: [7] for place in range(40)})], 4, 64)
+    asked = likelihood.in_batch([((1,) * 60, {place: [7] for place in range(40)})], 4, 64)
     jaxpr = str(jax.make_jaxpr(lambda a: likelihood.log_probs(tiny.model, tiny.params, a))(asked))
     assert "4,264]" in jaxpr and "64,264]" not in jaxpr
 
 
 def test_devices_read_their_own_rows():
     tiny = speaker(8)
-    asked = tiny.place.put_batch(likelihood._asked([((1,) * 30, {20: [7]})] * 16, 16, 32))
+    asked = tiny.place.put_batch(likelihood.in_batch([((1,) * 30, {20: [7]})] * 16, 16, 32))
     text = tiny._log_probs.lower(tiny.params, {}, asked).compile().as_text()
     assert "2,32,16]" in text and "16,32,16]" not in text
 

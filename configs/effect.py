@@ -1,0 +1,41 @@
+"""What a prompt does to a small chat model that tells what a piece of Python's documentation is about.
+
+COMMAND:  kdjax effect configs/effect.py
+HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
+TIME:     about 5 minutes of one core once the model (93 MB) is fetched
+RESULT:   the score of three prompts and of none, how far it spreads with order, format, words and number of worked
+          examples, what calibration makes of it, and what the prompt costs (figures: docs/effect.md)
+"""
+
+from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
+
+KINDS = ("topic", "module", "class", "function")
+
+
+def get_config() -> EffectConfig:
+    prompts = PromptsConfig(
+        task="classification",
+        sources=("python_docs",),
+        input="{{ text[:100] }}",
+        answer=f"{{{{ {list(KINDS)}[label] }}}}",
+        labels=KINDS,
+        instructions=(
+            "Say what this piece of Python's documentation is about.",
+            "Is the text about a topic of the language, or the docstring of a module, a class or a function?",
+            "Classify the documentation as topic, module, class or function.",
+        ),
+        shots=3,
+        propose_rows=40,
+        select_rows=2,
+        test_rows=40,
+        scorer=SpeakerConfig("smollm2-135m-instruct"),
+    )
+    return EffectConfig(
+        prompts=prompts,
+        name="effect",
+        orders=3,
+        draws=2,
+        most_shots=4,
+        label_sets=("subject, package, type, routine",),
+        distil_seconds=900.0,
+    )
