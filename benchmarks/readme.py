@@ -30,6 +30,7 @@ from benchmarks import (
     prompt_distill,
     prompts,
     search,
+    soft_prompts,
     students,
 )
 
@@ -182,6 +183,7 @@ MEMORY_BLOCKS: dict[str, Callable[[Path], str]] = {
 PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompts": lambda results: prompts.markdown(harness.read(results / "prompts.jsonl")),
     "prompt_distill": lambda results: prompt_distill.markdown(harness.read(results / "prompt_distill.jsonl")),
+    "soft prompts": lambda results: soft_prompts.markdown(harness.read(results / "soft_prompts.jsonl")),
 }
 """The same for the page of prompts."""
 

@@ -22,7 +22,7 @@ from kdjax.evaluate import sums_of
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
 from kdjax.models import Model
-from kdjax.named import Named, models
+from kdjax.named import Named, models, prompted
 from kdjax.sharding import Placement, placement
 from kdjax.step import Recipe, TrainState, init_state, step
 from kdjax.teacher import live_teacher, no_teacher
@@ -123,6 +123,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     task = _task(config, student, teacher)
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
+    student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer)
     loader = data.build(

@@ -107,10 +107,16 @@ class Config:
             )
         if self.answers.by == "teacher" and self.teacher is None:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
+        if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
+            raise UserError("student.soft_prompt is trained alone; leave out student.lora and student.trained")
         if self.student.quantize != "none":
             raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
-        if self.teacher is not None and (self.teacher.trained or self.teacher.lora.rank):
-            raise UserError("teacher.trained and teacher.lora are set, but a teacher is not trained; set the student's")
+        trained = self.teacher and (self.teacher.trained or self.teacher.lora.rank or self.teacher.soft_prompt.tokens)
+        if trained:
+            raise UserError(
+                "teacher.trained, teacher.lora or teacher.soft_prompt is set, but a teacher is not trained; set the "
+                "student's"
+            )
 
 
 C = TypeVar("C", bound="DataclassInstance")

@@ -16,7 +16,8 @@ import numpy as np
 
 from kdjax.errors import UserError
 from kdjax.losses import head_logits
-from kdjax.models import Cache, Model, Prefix, prefix_of
+from kdjax.models import Cache, Model, Prefix, bare, prefix_of
+from kdjax.models.soft_prompt import slots
 from kdjax.sampling import Sampling, choose
 from kdjax.shapes import Array, View
 
@@ -92,8 +93,9 @@ def stream(
     sampling.check()
     if not prompts:
         return
-    held = 0 if prefix is None else prefix.tokens
+    held = slots(params) + (0 if prefix is None else prefix.tokens)
     check_prompts(model, prompts, max_new_tokens, held)
+    prefix, params = _standing(model, params, prefix), bare(params)
     params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(len(prompts)))
     if model.config.encoder_layers:
@@ -183,6 +185,9 @@ def _padded(length: int, unit: int = PROMPT_UNIT) -> int:
 def _until_eos(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
     end = next((at + 1 for at, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return tokens[:end]
+
+
+_standing = jax.jit(Model.standing, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

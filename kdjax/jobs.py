@@ -17,6 +17,8 @@ from kdjax.evaluate import evaluate
 from kdjax.generate import GREEDY, check_prompts, settled, stream
 from kdjax.metrics import write_json
 from kdjax.models import DType, Model, export, open_model
+from kdjax.models.adapter import export_soft_prompt
+from kdjax.models.soft_prompt import axes_of, slots
 from kdjax.sampling import Sampling
 from kdjax.sharding import MeshConfig, placement
 
@@ -70,8 +72,8 @@ def generate_texts(
     tokenizer, place, model = data.load_tokenizer(file.tokenizer), placement(MeshConfig()), Model(file.config, dtype)
     data.check_fits(tokenizer, file.config.vocab_size)
     ids = [_ids(tokenizer, prompt, chat, is_input=file.config.encoder_layers > 0) for prompt in prompts]
-    check_prompts(model, ids, max_new_tokens)
-    params = place.load(file.tensors, model.logical_axes(), dtype)
+    check_prompts(model, ids, max_new_tokens, slots(file.tensors))
+    params = place.load(file.tensors, axes_of(model, file.tensors), dtype)
     for first in range(0, len(ids), batch_size):
         batch, end = ids[first : first + batch_size], tokenizer.eos_ids
         blocks = stream(
@@ -129,6 +131,11 @@ def _prompt(path: Path, number: int, line: str) -> str:
 
 
 def export_run(source: str, out: Path) -> Path:
-    """Return the Hugging Face directory that a run (its best saved step) or model was written to."""
+    """Return the directory that a run (its best saved step) or model was written to: Hugging Face's, or PEFT's.
+
+    The latter has a soft prompt alone.
+    """
     file = open_model(source)
+    if slots(file.tensors):
+        return export_soft_prompt(file, out)
     return export(file.config, file.tensors, out, file.tokenizer)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from kdjax import data
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import Model, ModelFile, ModelSpec, Prefix, lora, open_model, prefix_of, select_kept
+from kdjax.models import Model, ModelFile, ModelSpec, Prefix, lora, open_model, prefix_of, select_kept, soft_prompt
 from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.sharding import Placement
 
@@ -26,17 +28,19 @@ class Named:
 
     Attributes:
         spec: what the config says of it, its source and layers being those of `file`.
+        ids: the tokens that its soft prompt starts as, where that is a text.
     """
 
     model: Model
     file: ModelFile | None
     name: str
     spec: ModelSpec = ModelSpec()
+    ids: tuple[int, ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """All of it is trained, where it is trained."""
-        return not (self.spec.trained or self.spec.lora.rank)
+        return not (self.spec.trained or self.spec.lora.rank or self.spec.soft_prompt.tokens)
 
     @property
     def adapter_scale(self) -> float:
@@ -51,10 +55,11 @@ class Named:
 
     def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
         """Return the parameters, each read or drawn straight to where it lies."""
-        axes, kind = self.model.logical_axes(), self.spec.quantize
+        kind = self.spec.quantize
         if self.file is not None:
+            axes = soft_prompt.axes_of(self.model, self.file.tensors)
             return place.load(quantized(self.file.tensors, kind), quantized_axes(axes, kind), dtype)
-        where = place.state_shardings(jax.eval_shape(self.model.init, key), axes)
+        where = place.state_shardings(jax.eval_shape(self.model.init, key), self.model.logical_axes())
         return jax.jit(self.model.init, out_shardings=where)(key)
 
     def prefix(self, place: Placement, params: Any, tokens: Sequence[int]) -> Prefix:
@@ -65,19 +70,27 @@ class Named:
         return jax.jit(of, out_shardings=where)(params)
 
     def init(self, key: jax.Array) -> Any:
-        """Return random parameters, only those that are trained, and new adapters."""
+        """Return random parameters, only those that are trained, new adapters, and a random soft prompt."""
         params = self.model.init(key)
-        return lora.join(self._part(params)[0], lora.init_adapters(self.spec.lora, params, key))
+        return lora.join(self._part(params)[0], self._added(params, key))
+
+    def _added(self, params: Any, key: jax.Array) -> Any:
+        adapters = lora.init_adapters(self.spec.lora, params, key)
+        return adapters | soft_prompt.init_random(self.spec.soft_prompt, self.model.config, key)
 
     def start(self, place: Placement, key: jax.Array) -> Any:
         """Return the parameters that are trained before the first step, float32."""
         if self.is_whole:
             return self.params(place, key)
         shapes = jax.eval_shape(self.model.init, key)
-        adapters = jax.eval_shape(lambda key: lora.init_adapters(self.spec.lora, shapes, key), key)
-        where = place.state_shardings(adapters, self.axes)
-        adapters = jax.jit(lambda key: lora.init_adapters(self.spec.lora, shapes, key), out_shardings=where)(key)
-        return lora.join(self._loaded(place, 0, "float32"), adapters)
+        where = place.state_shardings(jax.eval_shape(lambda key: self._added(shapes, key), key), self.axes)
+        added = jax.jit(lambda key: self._added(shapes, key), out_shardings=where)(key)
+        soft = self.spec.soft_prompt
+        if soft.tokens and soft.start != "random":
+            ids = self.ids or jax.random.randint(key, (soft.tokens,), 0, self.model.config.vocab_size)
+            made = partial(soft_prompt.of_tokens, soft, self.model)
+            added |= jax.jit(made, out_shardings=place.replicated)(self.base(place), np.asarray(ids))
+        return lora.join(self._loaded(place, 0, "float32"), added)
 
     def base(self, place: Placement, whole: Any = None) -> Any:
         """Return the parameters that are not trained, in the compute dtype; out of `whole`, where that is given."""
@@ -128,13 +141,40 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
         raise UserError(f"the student tells {sizes}; wanted the same classes")
     if teacher is not None and teacher.file is None and teacher.spec.quantize != "none":
         raise UserError("teacher.quantize is set, but its source is 'random'; name a model")
+    if student.file is not None:
+        student.file.check_plain()
     if not student.is_whole:
         if student.file is None:
             raise UserError(
-                "student.lora and student.trained freeze the rest of a model, but its source is 'random'; name a model"
+                "student.lora, student.trained and student.soft_prompt freeze the rest of a model, but its source is "
+                "'random'; name a model"
             )
         lora.check(student.spec, student.file.tensors)
     return student, teacher
+
+
+def prompted(student: Named, tokenizer: data.Tokenizer, room: int) -> Named:
+    """Return the student with the tokens that its soft prompt starts as, which may say how many it has.
+
+    Raises:
+        UserError: a model that takes none, a text of too few tokens, or more tokens than there is `room` for.
+    """
+    soft = student.spec.soft_prompt
+    if not soft.tokens:
+        return student
+    student.model.config.check_prefix()
+    ids = tuple(tokenizer.encode_prompt(soft_prompt.text_of(soft))) if soft.start == "prompt" else ()
+    tokens = len(ids) if soft.tokens < 0 else soft.tokens
+    if ids and tokens > len(ids):
+        raise UserError(
+            f"student.soft_prompt.tokens is {tokens} but its text has {len(ids)}; wanted at most as many, or -1"
+        )
+    if tokens > room:
+        raise UserError(
+            f"the soft prompt has {tokens} tokens, but data.sequence_length leaves {room} of the student's "
+            f"{student.model.config.max_positions} positions; lower one of them"
+        )
+    return replace(student, spec=replace(student.spec, soft_prompt=replace(soft, tokens=tokens)), ids=ids)
 
 
 def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | None) -> Named:

@@ -21,7 +21,8 @@ from kdjax.data import Asked
 from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.losses import ObjectiveConfig, fused_kd_loss
-from kdjax.models import Model
+from kdjax.models import Model, bare
+from kdjax.models.soft_prompt import slots
 from kdjax.shapes import Array, Batch, View
 from kdjax.step import student_params
 from kdjax.student import divergence
@@ -123,19 +124,20 @@ def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
     text = data.DataConfig(sources=config.answers.unrelated, sequence_length=length, eval_tokens=min(16 * length, 4096))
     loader = data.build(text, job.tokenizer, batch_size=config.batch_size)
     batches = loader.evaluation(config.batch_size)
-    bare = {name: tree for name, tree in frozen.items() if name != "teacher_prefix"}
-    figures = divergence(job.place, job.student, params["student"], teacher, bare, batches)
+    alone = {name: tree for name, tree in frozen.items() if name != "teacher_prefix"}
+    figures = divergence(job.place, job.student, params["student"], teacher, alone, batches)
     return {"kl": figures["kl"], "tokens": figures["tokens"], "held_out_sha256": loader.held_out_hash}
 
 
 def _saved(job: Job, student: tuple[Model, Any], examples: Sequence[Asked]) -> Figures:
     """Return what a request costs less without the prompt: tokens, bytes of the cache, seconds to the first token."""
-    model, c = student[0], student[0].config
+    (model, params), c = student, student[0].config
     with_prompt, without = (
         float(np.mean([len(getattr(one, whose)) for one in examples])) for whose in ("teacher", "student")
     )
     with_prompt += len(job.data.shared)
-    seconds = [_seconds(*student, round(tokens)) for tokens in (with_prompt, without)]
+    seconds = [_seconds(model, bare(params), round(with_prompt)), _seconds(model, params, round(without))]
+    without += slots(params)
     per_token = 2 * c.layers * c.kv_heads * c.head_width * jax.numpy.dtype(model.dtype).itemsize
     return {
         "prompt_tokens": with_prompt - without,

@@ -60,6 +60,7 @@ def make_student(source: str, out: Path, cut: Cut, text: DataConfig, rows: int, 
     """
     check_free(out)
     teacher = open_model(source)
+    teacher.check_plain()
     _tokenizer(teacher)
     if rows < 1:
         raise UserError(f"rows is {rows}; wanted at least 1")

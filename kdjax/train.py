@@ -26,7 +26,7 @@ from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
-from kdjax.models.open import BASE
+from kdjax.models.adapter import BASE
 from kdjax.on_policy import is_students, reanswered
 from kdjax.shapes import Batch
 from kdjax.step import TrainState

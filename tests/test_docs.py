@@ -14,6 +14,7 @@ import pytest
 import kdjax
 from kdjax import cli, config
 from kdjax.errors import UserError
+from kdjax.pipeline import PipelineConfig
 from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,13 @@ TESTS = 'python -m pip install -e ".[test]" && python -m pytest'
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 SEARCH = PromptsConfig(scorer=SpeakerConfig("a-model"))
-CONFIGS = {"train": config.Config(), "prompts": SEARCH, "effect": EffectConfig(SEARCH)}
+CONFIGS = {
+    "train": config.Config(),
+    "answers": config.Config(),
+    "prompts": SEARCH,
+    "effect": EffectConfig(SEARCH),
+    "pipeline": PipelineConfig(SEARCH, config.Config()),
+}
 
 README = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
 COMMAND = re.compile(r"(?:\s*[A-Z_]+=\S+)*\s*((?:kdjax|python -m|bash) .+)")

@@ -16,15 +16,20 @@ from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
 from kdjax.models.registry import FAMILIES
+from kdjax.pipeline import PipelineConfig
 from kdjax.prompts.config import EffectConfig, PromptsConfig
 from kdjax.shapes import Batch, View
 from kdjax.sharding import placement
 from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
-SEARCHES = [ROOT / "configs" / "prompt_search.py"]
-EFFECTS = [ROOT / "configs" / "effect.py"]
-RECIPES = sorted(set((ROOT / "configs").glob("*.py")) - set(SEARCHES) - set(EFFECTS))
+OTHERS = {
+    "prompt_search": ("prompts", PromptsConfig),
+    "prompt_pipeline": ("pipeline", PipelineConfig),
+    "effect": ("effect", EffectConfig),
+}
+"""Recipes of other commands than train: name -> command, kind of config."""
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")
 
 SMOLLM2 = ModelConfig(
@@ -82,18 +87,13 @@ def test_its_head_says_what_it_is(recipe):
     check_head(recipe, "train")
 
 
-@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
-def test_a_search_says_what_it_is_and_round_trips(path):
-    check_head(path, "prompts")
-    config = configs.load(str(path), PromptsConfig)
-    assert configs.from_json(configs.to_json(config), kind=PromptsConfig) == config and config.name == path.stem
-
-
-@pytest.mark.parametrize("path", EFFECTS, ids=lambda path: path.stem)
-def test_an_analysis_says_what_it_is_and_round_trips(path):
-    check_head(path, "effect")
-    config = configs.load(str(path), EffectConfig)
-    assert configs.from_json(configs.to_json(config), kind=EffectConfig) == config and config.name == path.stem
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_recipe_of_another_command_says_what_it_is_and_round_trips(name):
+    command, kind = OTHERS[name]
+    path = ROOT / "configs" / f"{name}.py"
+    check_head(path, command)
+    config = configs.load(str(path), kind)
+    assert configs.from_json(configs.to_json(config), kind=kind) == config and config.name == name
 
 
 def test_its_json_round_trips(recipe):

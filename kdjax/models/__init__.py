@@ -9,7 +9,7 @@ from kdjax.models.open import open_model
 from kdjax.models.paths import byte_count, parameter_count
 from kdjax.models.prefix import prefix_of
 from kdjax.models.prune import Cut
-from kdjax.models.transformer import TAPS, Model
+from kdjax.models.transformer import TAPS, Model, bare
 
 __all__ = [
     "TAPS",
@@ -23,6 +23,7 @@ __all__ = [
     "ModelFile",
     "ModelSpec",
     "Prefix",
+    "bare",
     "byte_count",
     "export",
     "open_model",

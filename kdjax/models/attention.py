@@ -153,6 +153,16 @@ class Prefix:
         """P."""
         return self.k_LBPGK.shape[2]
 
+    def then(self, other: Prefix) -> Prefix:
+        """Return the two one after the other, in the other's dtype."""
+
+        def join(first_LBPGK: Array, second_LBPGK: Array) -> Array:
+            rows = max(first_LBPGK.shape[1], second_LBPGK.shape[1])
+            parts = [jnp.broadcast_to(x, (len(x), rows, *x.shape[2:])) for x in (first_LBPGK, second_LBPGK)]
+            return jnp.concatenate([parts[0].astype(parts[1].dtype), parts[1]], axis=2)
+
+        return jax.tree.map(join, self, other)
+
     def check(self, config: ModelConfig, rows: int) -> None:
         """Check that it is of such a model, for so many rows.
 

@@ -249,6 +249,38 @@ class Lora:
             )
 
 
+SOFT_PROMPT = "soft_prompt"
+"""The branch of a model's parameters that its soft prompt is."""
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """A few trained vectors before every example, nothing else of the student being trained."""
+
+    tokens: int = 0
+    """How many; 0: none; -1, with `start` prompt: as many as the text has tokens."""
+    kind: Literal["prompt", "prefix"] = "prompt"
+    """Vectors in the place of embeddings (prompt tuning), or keys and values of every layer (prefix tuning)."""
+    start: Literal["random", "vocabulary", "prompt"] = "vocabulary"
+    """Random vectors, or what random tokens, or the tokens of `text`, have: their embeddings, or keys and values."""
+    text: str = ""
+    """With `start` prompt: a text as it stands before the student's view, or @FILE. Of one with more than `tokens`
+    tokens the last ones are kept, and the first."""
+
+    def __post_init__(self) -> None:
+        """Check what no soft prompt can be made of."""
+        if self.tokens < -1 or (self.tokens == -1 and self.start != "prompt"):
+            raise UserError(
+                f"soft_prompt.tokens is {self.tokens} and soft_prompt.start {self.start!r}; wanted at least 0, or -1 "
+                "with start 'prompt'"
+            )
+        if self.tokens and (self.start == "prompt") != bool(self.text):
+            raise UserError(
+                f"soft_prompt.start is {self.start!r} and soft_prompt.text {self.text[:40]!r}; wanted a text with "
+                "start 'prompt', and none with another"
+            )
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from and how it is run."""
@@ -271,5 +303,7 @@ class ModelSpec:
     trained: tuple[str, ...] = ()
     """Of a student: beginnings of the paths of the parameters that are trained (`layers/mlp`, `final_norm`), the others
     being frozen. Empty: all of them, or with `lora` none."""
+    soft_prompt: SoftPrompt = SoftPrompt()
+    """Of a student: train what stands before every example, and nothing else."""
     architecture: ModelConfig = ModelConfig()
     """Used only when `source` is `random`."""

@@ -31,7 +31,7 @@ Tree = dict[str, Any]
 
 def is_trained(spec: ModelSpec, path: str) -> bool:
     """Return whether a parameter of a model is trained where that is as `spec` says."""
-    return _begins(path, spec.trained) if spec.trained else not spec.lora.rank
+    return _begins(path, spec.trained) if spec.trained else not (spec.lora.rank or spec.soft_prompt.tokens)
 
 
 def _begins(path: str, names: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.models.config import ModelConfig, ModelSpec
+from kdjax.models.config import SOFT_PROMPT, ModelConfig, ModelSpec
 
 Index = tuple[slice, ...]
 
@@ -68,12 +68,23 @@ class ModelFile:
         tensors: a tree like a model's parameters, of LazyTensors.
         source: what it was opened by.
         tokenizer: its tokenizer.json, or None.
+        base: of a model with a soft prompt, the model without it.
     """
 
     config: ModelConfig
     tensors: dict[str, Any]
     source: str
     tokenizer: Path | None
+    base: ModelSpec | None = None
+
+    def check_plain(self) -> None:
+        """Check that it has no soft prompt.
+
+        Raises:
+            UserError: it has one.
+        """
+        if SOFT_PROMPT in self.tensors:
+            raise UserError(f"{self.source} has a soft prompt, which is for a teacher or generation; name its base")
 
     def sha256(self) -> str:
         """Return a hash of the architecture and of all weights as float32: the same for every format on disk."""

@@ -12,32 +12,33 @@ import numpy as np
 
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models import files
-from kdjax.models.config import ModelConfig, ModelSpec
+from kdjax.models.adapter import ADAPTER, BASE, tensors_of
+from kdjax.models.config import SOFT_PROMPT, ModelConfig, ModelSpec
 from kdjax.models.convert import open_directory
 from kdjax.models.lora import merged
 from kdjax.models.model_file import ModelFile, lazy, select_kept
 from kdjax.models.paths import parameter_paths
-from kdjax.models.transformer import Model
-
-BASE = "base.json"
-"""What a run has trained a part of, in its directory."""
+from kdjax.models.soft_prompt import check_fits
+from kdjax.models.transformer import Model, bare
 
 
 def open_model(source: str) -> ModelFile:
     """Return the model that `source` names; weights are read later, part by part.
 
     Args:
-        source: a Hugging Face directory, a run directory, a .gguf file, a known name, or a hub id.
+        source: a Hugging Face directory, PEFT's of a soft prompt, a run directory, a .gguf file, a known name, or a
+            hub id.
 
     Raises:
         UserError: there is no such model, or it is damaged or of an unknown kind.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        file = _open_run(path) if (path / "model.json").is_file() else open_directory(path)
+        kinds = {"model.json": _open_run, ADAPTER: _open_adapter}
+        file = next((kinds[name] for name in kinds if (path / name).is_file()), open_directory)(path)
     else:
         file = open_directory(_fetched(source, path))
-    return ModelFile(file.config, file.tensors, source, file.tokenizer)
+    return replace(file, source=source)
 
 
 def _fetched(source: str, path: Path) -> Path:
@@ -81,10 +82,17 @@ def _open_run(directory: Path) -> ModelFile:
 
 
 def _on_base(directory: Path, params: dict[str, Any]) -> ModelFile:
-    """Return the model of a run that has trained a part of another, or adapters to it.
+    """Return the model of a run that has trained a part of another, adapters to it or a soft prompt before it."""
+    base, spec = _base(directory)
+    own = jax.tree.map(lazy, params.get(SOFT_PROMPT, {}))
+    return _behind(directory, merged(base, bare(params), spec.lora), spec, own)
+
+
+def _base(directory: Path) -> tuple[ModelFile, ModelSpec]:
+    """Return the model that base.json names, and what it says of it.
 
     Raises:
-        UserError: that other model is not there any more, or has changed.
+        UserError: that model is not there any more, or has changed.
     """
     record = files.read_json(directory / BASE)
     try:
@@ -99,7 +107,36 @@ def _on_base(directory: Path, params: dict[str, Any]) -> ModelFile:
         raise UserError(
             f"{directory} has trained a part of {spec.source}, whose weights have changed since; restore them"
         )
-    return merged(base, params, spec.lora)
+    return base, spec
+
+
+def _open_adapter(directory: Path) -> ModelFile:
+    """Return a soft prompt of PEFT's with its base: that of base.json, or the one adapter_config.json names.
+
+    Raises:
+        UserError: the base cannot be opened, or the adapter is none that is read here.
+    """
+    if (directory / BASE).is_file():
+        base, spec = _base(directory)
+    else:
+        spec = ModelSpec(source=str(files.read_json(directory / ADAPTER).get("base_model_name_or_path")))
+        try:
+            base = open_model(spec.source)
+        except UserError as error:
+            raise UserError(
+                f"{directory} is an adapter of {spec.source}, which is wanted too: {error}; or put its directory into "
+                f"base_model_name_or_path of its {ADAPTER}"
+            ) from error
+    return _behind(directory, base, spec, tensors_of(directory, base.config))
+
+
+def _behind(directory: Path, base: ModelFile, spec: ModelSpec, own: dict[str, Any]) -> ModelFile:
+    """Return a model behind a soft prompt, or as it is where there is none."""
+    if not own:
+        return base
+    base.check_plain()
+    check_fits(own, base.config, str(directory))
+    return replace(base, tensors=base.tensors | {SOFT_PROMPT: own}, base=spec)
 
 
 def _check_fits(directory: Path, config: ModelConfig, params: dict[str, Any]) -> None:

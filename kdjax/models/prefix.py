@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax.errors import UserError
 from kdjax.models.attention import Prefix
+from kdjax.models.soft_prompt import slots
 from kdjax.models.transformer import Model
-from kdjax.shapes import Array, View
+from kdjax.shapes import Array
 
 
 def prefix_of(model: Model, params: dict, tokens: Sequence[int], before: Prefix | None = None) -> Prefix:
     """Return the prefix that a prompt is, in the model's compute dtype; with `before`, the two one after the other.
+
+    Where the parameters have a soft prompt it stands before that, and is not in what is returned.
 
     Raises:
         UserError: no token, one outside the vocabulary, more than the model has positions, or a model that takes none.
     """
     model.config.check_prefix()
     rows, held = (1, 0) if before is None else before.k_LBPGK.shape[1:3]
+    held += slots(params)
     limit, vocab_size = model.config.max_positions, model.config.vocab_size
     if not 0 < held + len(tokens) <= limit or not len(tokens):
         raise UserError(f"the prefix has {held + len(tokens)} tokens; wanted from 1 to {limit}, the model's positions")
@@ -34,8 +37,5 @@ def prefix_of(model: Model, params: dict, tokens: Sequence[int], before: Prefix 
 @partial(jax.jit, static_argnums=0)
 def _computed(model: Model, params: dict, tokens_BP: Array, before: Prefix | None) -> Prefix:
     """Return the prefix that equal rows of tokens are, behind `before`."""
-    ones_BP = jnp.ones_like(tokens_BP)
-    view = View(tokens_BP, ones_BP, jnp.cumsum(ones_BP, axis=1) - 1)
-    own = Prefix(*model.apply(params, view, cache=model.empty_cache(*tokens_BP.shape), prefix=before).cache.own)
-    join = partial(jnp.concatenate, axis=2)
-    return own if before is None else jax.tree.map(lambda a, b: join([a.astype(b.dtype), b]), before, own)
+    own = model.read(params, tokens_BP, before)
+    return own if before is None else before.then(own)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models.attention import Attention, Cache, Prefix, attend, see
 from kdjax.models.blocks import Layer, Own, Shared
-from kdjax.models.config import DType, ModelConfig, Remat
+from kdjax.models.config import SOFT_PROMPT, DType, ModelConfig, Remat
 from kdjax.models.experts import Dispatch, here
 from kdjax.models.layers import (
     ACTIVATIONS,
@@ -205,6 +205,11 @@ def head_name(config: ModelConfig) -> str:
     return "classifier" if config.labels else "head"
 
 
+def bare(params: dict) -> dict:
+    """Return the parameters without a soft prompt."""
+    return {name: tree for name, tree in params.items() if name != SOFT_PROMPT}
+
+
 @dataclass(frozen=True)
 class Model:
     """An architecture and how it is run; hashable, so that it can be a static argument of `jax.jit`.
@@ -248,7 +253,7 @@ class Model:
         """Return hidden states as the head takes them, in the compute dtype.
 
         Args:
-            params: as `init` gives them, in any float dtype.
+            params: as `init` gives them, in any float dtype; a soft prompt among them stands before every example.
             view: what the model sees.
             taps: names out of `TAPS`; each comes back stacked by layer, [L, B, T, ...].
             cache: from `empty_cache` or an earlier call; this call's tokens are added to it.
@@ -262,10 +267,39 @@ class Model:
         for name in taps:
             if name not in TAPS:
                 raise UserError(f"a model has no tap {name!r}{did_you_mean(name, TAPS)}")
+        prefix = self.standing(params, prefix)
         if prefix is not None:
             prefix.check(self.config, view.tokens_BT.shape[0])
-        output: Any = self._module(taps).apply({"params": params}, view, cache, row_keys_B, prefix)
+        output: Any = self._module(taps).apply({"params": bare(params)}, view, cache, row_keys_B, prefix)
         return output
+
+    def standing(self, params: dict, prefix: Prefix | None = None) -> Prefix | None:
+        """Return what stands before every example: the soft prompt among the parameters, and then `prefix`.
+
+        Vectors in the place of embeddings are read once for all examples: attention is causal, so what it makes of them
+        is the same whatever follows. To the model they are tokens of a vocabulary of their own.
+
+        Raises:
+            UserError: a soft prompt of a model that takes no prefix.
+        """
+        soft = params.get(SOFT_PROMPT)
+        if soft is None:
+            return prefix
+        self.config.check_prefix()
+        if "embedding" in soft:
+            tokens = soft["embedding"].shape[0]
+            model = replace(self, config=replace(self.config, vocab_size=tokens))
+            own = model.read(bare(params) | {"embed": soft}, jnp.arange(tokens)[None])
+        else:
+            own = Prefix(soft["k"][:, None], soft["v"][:, None])
+        return own if prefix is None else own.then(prefix)
+
+    def read(self, params: dict, tokens_BP: Array, before: Prefix | None = None, first_position: int = 0) -> Prefix:
+        """Return the prefix that rows of tokens are, behind `before`, in the compute dtype."""
+        ones_BP = jnp.ones_like(tokens_BP)
+        view = View(tokens_BP, ones_BP, jnp.cumsum(ones_BP, axis=1) - 1 + first_position)
+        cache = self.apply(params, view, cache=self.empty_cache(*tokens_BP.shape), prefix=before).cache
+        return Prefix(*cache.own)
 
     def watched(self, params: dict, view: View, watch: Any) -> dict:
         """Return what `watch`, an interceptor of each module's calls, puts into the collection `STATISTICS`."""

@@ -13,7 +13,7 @@ from kdjax.report.plots import DASHES, MUTED, drawn
 
 Json = Mapping[str, Any]
 
-BLUE, ORANGE = "#000016", "#000017"
+BLUE, ORANGE = "#000010", "#000011"
 # The first two curves of the style sheet, by what stands for them in a plot.
 WAYS = {"plain": (ORANGE, "labels as they are"), "calibrated": (BLUE, "labels calibrated")}
 
