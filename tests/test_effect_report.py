@@ -60,8 +60,8 @@ def test_sentences_follow_the_figures(found):
     found["cost"]["break_even"] = {"distil_seconds": 900.0, "requests": 3600, "never": False}
     assert sentences(found) == [
         "The prompt gains 10 points over none, 0.500 to 0.600 on 50 examples, which may be chance.",
-        "Of what should not matter, the format moves the score most: 40 points from the lowest to the highest (order "
-        "of the worked examples 2 points), with 2 examples shown.",
+        "Of what should not matter, most hangs on the format: 40 points from the lowest to the highest (order of the "
+        "worked examples 2 points), with 2 examples shown.",
         "8 examples gain 31 points over none; 30 points of these are gone once labels are calibrated.",
         "With the prompt the model is too sure of itself: it gives its label 70.0 % on the average and is right in "
         "60.0 %; the calibration error is 10.0 % (10.0 % without the prompt).",
@@ -77,7 +77,7 @@ def test_what_is_not_so_is_not_said(found):
     found["shots"]["gain"] = {"plain": mean(-0.2, -0.3, -0.1), "calibrated": mean(0.02)}
     found["likelihood"]["gain"] = mean(-0.5, -0.7, -0.2)
     said = sentences(found)
-    assert "8 examples lose 20 points over none; with labels calibrated they gain 2 points." in said
+    assert "8 examples lose 20 points over none; they gain 2 points once labels are calibrated." in said
     assert "Distilling it for 9 s is never paid back: no seconds are saved." in said
     assert any("0.500 nats a token less likely" in one for one in said) and "takes 0.1 s less here" in said[-2]
 

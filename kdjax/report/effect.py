@@ -177,7 +177,7 @@ def _of_spreads(found: Json, say: Say) -> list[str]:
     rest = ", ".join(f"{name} {say(value)}" for name, value in far.items() if name != widest)
     shots = f", with {_examples(found['varied_shots'])} shown" if found["varied_shots"] else ""
     return [
-        f"Of what should not matter, the {widest} moves the score most: {say(far[widest])} from the lowest to the "
+        f"Of what should not matter, most hangs on the {widest}: {say(far[widest])} from the lowest to the "
         f"highest{f' ({rest})' if rest else ''}{shots}."
     ]
 
@@ -188,12 +188,11 @@ def _of_shots(found: Json, say: Say) -> list[str]:
         return []
     plain = gain["plain"]
     said = f"{_examples(most)} {_gain(plain, say, most == 1)} over none{_clear(plain)}"
-    if "calibrated" in gain and plain["score"] > 0:
-        gone = plain["score"] - gain["calibrated"]["score"]
-        left = f"they {_gain(gain['calibrated'], say)}" if gone <= 0 else f"{say(gone)} of these are gone"
-        said += f"; {left} once labels are calibrated"
-    elif "calibrated" in gain:
-        said += f"; with labels calibrated they {_gain(gain['calibrated'], say)}"
+    if "calibrated" in gain:
+        kept = gain["calibrated"]["score"]
+        gone = f"{say(plain['score'] - kept)} of these are gone"
+        said += f"; {gone if 0 <= kept < plain['score'] else 'they ' + _gain(gain['calibrated'], say)}"
+        said += " once labels are calibrated"
     return [f"{said}."]
 
 
