@@ -56,12 +56,15 @@ def of_arm(arm: str, seed: int, home: Path) -> harness.Row:
     taught = replace(config, data=replace(config.data, teacher_view=_unrelated(config))) if arm == "control" else config
     run = home / f"{arm}-{seed}"
     run.mkdir(parents=True)
-    for name in _answers(taught, home / f"answers of {arm}"):
+    said = home / f"answers behind {'another' if arm == 'control' else 'the'} prompt"
+    for name in sorted(_made(taught, said).glob("answers.json*")):
         shutil.copy(name, run)
     summary = train(taught, run)
     if arm == "control":
         student = ModelSpec(source=str(run), dtype=config.student.dtype)
-        job = build(replace(config, student=student), answered(config, _made(config, home / "answers of recipe")))
+        job = build(
+            replace(config, student=student), answered(config, _made(config, home / "answers behind the prompt"))
+        )
         summary |= recovery(job, job.start().params, job.frozen())
     shutil.rmtree(run)
     return {name: summary.get(name) for name in (*FIGURES, *OF_RUN)}
@@ -72,10 +75,6 @@ def _made(config: Config, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     write_answers(config, directory)
     return directory
-
-
-def _answers(config: Config, directory: Path) -> list[Path]:
-    return sorted(_made(config, directory).glob("answers.json*"))
 
 
 def _unrelated(config: Config) -> str:

@@ -2,9 +2,9 @@
 
 COMMAND:  kdjax effect configs/effect.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     about 5 minutes of one core once the model (93 MB) is fetched
-RESULT:   the score of three prompts and of none, how far it spreads with order, format, words and number of worked
-          examples, what calibration makes of it, and what the prompt costs (figures: docs/effect.md)
+TIME:     about 4 minutes of one core once the model (93 MB) is fetched
+RESULT:   no prompt is clearly better than none, two are worse; the words of the labels, the format and the order of
+          worked examples move the score by tens of points (figures: docs/effect.md)
 """
 
 from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
@@ -37,5 +37,5 @@ def get_config() -> EffectConfig:
         draws=2,
         most_shots=4,
         label_sets=("subject, package, type, routine",),
-        distil_seconds=900.0,
+        distil_seconds=900.0,  # what configs/prompt_pipeline.py says that it takes
     )

@@ -110,7 +110,7 @@ CASES: dict[str, Callable[[str], str]] = {
 
 VARIATIONS: dict[str, Callable[[Study], list[Variant]]] = {
     "order of the worked examples": orders,
-    "which worked examples": draws,
+    "choice of the worked examples": draws,
     "format": formats,
     "words of the labels": words,
 }

@@ -104,17 +104,20 @@ class Ledger:
         if not self.scoring.by_labels:
             return np.array([row["score"] for row in self.answers(variant)])
         of = LABEL_SCORES[self.scoring.measure]
-        pairs = zip(self.probs(variant, is_calibrated), self.right(), strict=True)
-        return np.array([of(np.log(probs_Y), right) for probs_Y, right in pairs])
+        pairs = zip(self._normalised(variant, is_calibrated), self.right(), strict=True)
+        return np.array([of(log_probs_Y, right) for log_probs_Y, right in pairs])
 
     def probs(self, variant: Variant, is_calibrated: bool | None = None) -> Array:
         """Return probabilities probs_JY of the labels.
 
         Paper: Zhao et al. 2021, Calibrate Before Use, arXiv:2102.09690, section 5.
         """
+        return np.exp(self._normalised(variant, is_calibrated))
+
+    def _normalised(self, variant: Variant, is_calibrated: bool | None) -> Array:
         is_calibrated = self.scoring.calibrated if is_calibrated is None else is_calibrated
         prior_Y = self.prior(variant) if is_calibrated else np.zeros(len(self.scoring.labels))
-        return np.array([np.exp(log_softmax(log_probs_Y - prior_Y)) for log_probs_Y in self.log_probs(variant)])
+        return np.array([log_softmax(log_probs_Y - prior_Y) for log_probs_Y in self.log_probs(variant)])
 
     def right(self) -> list[int]:
         """Return the number of each example's right label."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kdjax.report.effect_plots import effect_plots
 from kdjax.report.page import fill
 
 Json = Mapping[str, Any]
+Say = Callable[[float], str]
 Rows = tuple[list[str], list[list[str]]]
 """Headings, and rows of as many cells."""
 
@@ -156,20 +157,19 @@ def _clear(gain: Json) -> str:
     return "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
 
 
-def _gains(gain: Json, say: Any) -> str:
-    return f"{'gains' if gain['score'] >= 0 else 'loses'} {say(gain['score'])}"
+def _gain(gain: Json, say: Say, is_one: bool = False) -> str:
+    return f"{'gain' if gain['score'] >= 0 else 'lose'}{'s' if is_one else ''} {say(gain['score'])}"
 
 
-def _of_prompts(found: Json, say: Any) -> str:
+def _of_prompts(found: Json, say: Say) -> str:
     one = found["prompts"][0]
     many = f"The first of {len(found['prompts'])} prompts" if len(found["prompts"]) > 1 else "The prompt"
-    return (
-        f"{many} {_gains(one['gain'], say)} over none, {amount(found['without']['score'])} to {amount(one['score'])} "
-        f"on {found['examples']} examples{_clear(one['gain'])}."
-    )
+    ends = f"{amount(found['without']['score'])} to {amount(one['score'])}"
+    gains = f"{_gain(one['gain'], say, is_one=True)} over none, {ends}"
+    return f"{many} {gains} on {found['examples']} examples{_clear(one['gain'])}."
 
 
-def _of_spreads(found: Json, say: Any) -> list[str]:
+def _of_spreads(found: Json, say: Say) -> list[str]:
     if not found["sensitivity"]:
         return []
     far = {name: one["highest"] - one["lowest"] for name, one in found["sensitivity"].items()}
@@ -177,26 +177,22 @@ def _of_spreads(found: Json, say: Any) -> list[str]:
     rest = ", ".join(f"{name} {say(value)}" for name, value in far.items() if name != widest)
     shots = f", with {_examples(found['varied_shots'])} shown" if found["varied_shots"] else ""
     return [
-        f"Of what should not matter, the {widest} moves the score most: {say(far[widest])} from the lowest to the "
+        f"Of what should not matter, most hangs on the {widest}: {say(far[widest])} from the lowest to the "
         f"highest{f' ({rest})' if rest else ''}{shots}."
     ]
 
 
-def _of_shots(found: Json, say: Any) -> list[str]:
+def _of_shots(found: Json, say: Say) -> list[str]:
     gain, most = found["shots"]["gain"], found["shots"]["counts"][-1]["shots"]
     if not most:
         return []
     plain = gain["plain"]
-    verb = "gain" if plain["score"] >= 0 else "lose"
-    said = f"{_examples(most)} {verb if most > 1 else verb + 's'} {say(plain['score'])} over none{_clear(plain)}"
-    if "calibrated" in gain and plain["score"] > 0:
-        gone = plain["score"] - gain["calibrated"]["score"]
-        left = (
-            f"none of it is gone ({_gains(gain['calibrated'], say)})" if gone <= 0 else f"{say(gone)} of these are gone"
-        )
-        said += f"; {left} once labels are calibrated"
-    elif "calibrated" in gain:
-        said += f"; with labels calibrated it {_gains(gain['calibrated'], say)}"
+    said = f"{_examples(most)} {_gain(plain, say, most == 1)} over none{_clear(plain)}"
+    if "calibrated" in gain:
+        kept = gain["calibrated"]["score"]
+        gone = f"{say(plain['score'] - kept)} of these are gone"
+        said += f"; {gone if 0 <= kept < plain['score'] else 'they ' + _gain(gain['calibrated'], say)}"
+        said += " once labels are calibrated"
     return [f"{said}."]
 
 
@@ -233,7 +229,7 @@ def _of_cost(found: Json) -> list[str]:
     ]
     paid: Sequence[Json] = [cost["break_even"]] if "break_even" in cost else []
     for one in paid:
-        what = f"Distilling it for {count(one['distil_seconds'])} s"
+        what = f"Distilling it for {one['distil_seconds']:,.0f} s"
         when = "is never paid back: no seconds are saved"
         when = when if one["never"] else f"is paid back after {count(one['requests'])} requests, one at a time"
         said.append(f"{what} {when}.")

@@ -13,7 +13,7 @@ from kdjax.report.plots import DASHES, MUTED, drawn
 
 Json = Mapping[str, Any]
 
-BLUE, ORANGE = "#000016", "#000017"
+BLUE, ORANGE = "#000010", "#000011"
 # The first two curves of the style sheet, by what stands for them in a plot.
 WAYS = {"plain": (ORANGE, "labels as they are"), "calibrated": (BLUE, "labels calibrated")}
 
@@ -53,7 +53,7 @@ def _varied(axes: Axes, found: Json) -> None:
         axes.plot([one["lowest"], one["highest"]], [place, place], color=MUTED, lw=1.2)
         axes.plot(scores, [place + 0.13 * n for n in alike], "o", color=BLUE, markersize=5)
         axes.plot([one["score"]] * 2, [place - 0.25, place + 0.25], color=ORANGE, lw=2.5)
-    names = [name.replace(" of the ", "\nof the ").replace("which ", "which\n") for name in groups]
+    names = [name.replace(" of the ", "\nof the ") for name in groups]
     axes.set_yticks(range(len(groups)), names[::-1])
     axes.set_ylim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="y")
@@ -102,7 +102,10 @@ def _kl(axes: Axes, found: Json) -> None:
     axes.plot(places, score, "o-" if len(rows) > 1 else "o", color=BLUE, lw=1.4, markersize=5)
     axes.set_ylim(bottom=0)
     axes.set_xlim(places[0] - 0.5, places[-1] + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if len(places) > 8:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    else:
+        axes.set_xticks(places)
     axes.set(xlabel="position of the answer's token", ylabel="nats")
 
 
@@ -116,6 +119,7 @@ def _seconds(axes: Axes, found: Json) -> None:
         axes.barh(place, rest, left=one["prefill"], color=ORANGE, height=0.5, label=None if place else "the rest")
     axes.set_yticks(range(len(names)), list(names)[::-1])
     axes.set_ylim(-0.6, 2.1)
+    axes.set_xlim(0, 1.08 * max(cost[key]["seconds"] for key in names.values()))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("seconds of a request")
     axes.legend(loc="upper right", ncols=2)

@@ -66,7 +66,7 @@ def test_a_planted_effect_of_order_is_found(tmp_path):
     assert (order["lowest"], order["highest"]) == (0.5, 1.0) and len(order["variants"]) == 6
     assert sum(one["score"] == 0.5 for one in order["variants"]) == 2 and order["score"] == pytest.approx(5 / 6)
     assert found["words of the labels"]["lowest"] == 0.5  # the same order in other words, as it was given
-    assert found["which worked examples"]["highest"] == 1.0
+    assert found["choice of the worked examples"]["highest"] == 1.0
 
 
 def test_a_planted_effect_of_format_and_of_words_is_found(tmp_path):
