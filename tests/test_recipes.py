@@ -24,15 +24,9 @@ from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
 OTHERS = {
-<<<<<<< HEAD
     "effect": ("effect", EffectConfig),
     "prompt_search": ("prompts", PromptsConfig),
     "prompt_pipeline": ("pipeline", PipelineConfig),
-=======
-    "prompt_search": ("prompts", PromptsConfig),
-    "prompt_pipeline": ("pipeline", PipelineConfig),
-    "effect": ("effect", EffectConfig),
->>>>>>> 8cfd1c3a669a29016d63dba491213a892edbfab7
 }
 """Recipes of other commands than train: name -> command, kind of config."""
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
