@@ -46,7 +46,10 @@ def documents() -> tuple[dict[str, Any], ...]:
 
 @functools.cache
 def questions() -> tuple[dict[str, Any], ...]:
-    """Return a question about each public function: `id`, `module`, `prompt`, and its docstring's start as `answer`."""
+    """Return a question about each public function that a module defines (a package's own `__init__` is left out).
+
+    Each has `id`, `module`, `prompt`, and the start of the docstring as `answer`.
+    """
     rows = ((row["id"], row["text"]) for row in documents() if row["label"] == KINDS.index("function"))
     public = {name: text for name, text in rows if not any(part.startswith("_") for part in name.split("."))}
     return tuple(

@@ -143,9 +143,9 @@ def test_python_questions():
     source = open_source("python_questions")
     rows = [source.record(i) for i in range(source.count)]
     assert len(rows) > 1000 and len({row["id"] for row in rows}) == len(rows)
-    (dumps,) = [row for row in rows if row["id"] == "json.dumps"]
-    assert (dumps["module"], dumps["prompt"]) == ("json", "What does json.dumps do?")
-    assert dumps["answer"] == "Serialize ``obj`` to a JSON formatted ``str``."
+    (move,) = [row for row in rows if row["id"] == "shutil.move"]
+    assert (move["module"], move["prompt"]) == ("shutil", "What does shutil.move do?")
+    assert move["answer"].startswith("Recursively move a file or directory to another location.")
     assert not any(part.startswith("_") for row in rows for part in row["id"].split("."))
     with pytest.raises(UserError, match="python_questions takes no argument"):
         open_source("python_questions:x")

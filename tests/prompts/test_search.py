@@ -243,11 +243,11 @@ def test_configs_are_checked():
 
 def test_another_search_in_the_directory_is_refused(config, stub, tmp_path):
     search(config, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a search whose config differs .seed: 0 -> 1"):
+    with pytest.raises(UserError, match="holds a job whose config differs .seed: 0 -> 1"):
         search(replace(config, seed=1), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds 'mine.txt' but no search"):
+    with pytest.raises(UserError, match="holds 'mine.txt' but no job"):
         search(config, tmp_path / "other")
 
 
