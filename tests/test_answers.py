@@ -49,6 +49,7 @@ def test_they_are_what_the_teacher_says_behind_its_prompt(asked, tmp_path):
         assert all(row["more"] == int(row["prompt"]) for row in some)
 
 
+@pytest.mark.slow
 def test_sampling_that_was_stopped_goes_on_to_the_same_file(asked, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

@@ -74,7 +74,12 @@ def log_probs(model, params, ids):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("rules", [RULES, LONG_RULES], ids=["in each row", "shared"])
+RULED = pytest.mark.parametrize(
+    "rules", [pytest.param(RULES, marks=pytest.mark.slow), LONG_RULES], ids=["in each row", "shared"]
+)
+
+
+@RULED
 def test_the_divergence_is_that_of_each_answer_alone_behind_each_prompt(made, rules):
     job, tokenizer = build(ruled(made, rules)), byte_tokenizer()
     shared = list(job.data.shared)
@@ -108,7 +113,7 @@ def test_a_student_takes_up_what_the_prompt_does(made, home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rules", [RULES, LONG_RULES], ids=["in each row", "shared"])
+@RULED
 def test_what_quantising_costs_is_measured_behind_the_teachers_prompt(made, rules):
     made = ruled(made, rules)
     made = replace(made, teacher=replace(made.teacher, quantize="int4"), student=replace(made.student, lora=Lora()))

@@ -60,6 +60,7 @@ def test_it_is_one_minus_the_ratio_of_both_divergences_in_float64(job):
     assert found["behaviour"]["prompted"] == pytest.approx(np.mean(["a" in tokenizer.decode(t) for t in texts]))
 
 
+@pytest.mark.slow
 def test_a_student_that_is_the_teacher_without_its_prompt_has_recovered_nothing(job):
     found = recovery(job, job.start().params, job.frozen())
     assert found["recovered"] == pytest.approx(0, abs=1e-5) and found["recovered_own"] == pytest.approx(0, abs=1e-5)

@@ -71,7 +71,8 @@ def test_nothing_but_the_soft_prompt_has_a_state(made):
     assert all(of_teacher[path] is leaf for path, leaf in of_student.items()) and len(of_student) == len(of_teacher)
 
 
-@pytest.mark.parametrize("kind", ["prefix", pytest.param("prompt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.slow
 def test_behind_the_whole_prompt_the_student_is_the_teacher(made, kind):
     job = build(replace(made, student=replace(made.student, soft_prompt=WHOLE[kind])))
     state = job.start()

@@ -70,7 +70,14 @@ def check(model, params, atol=1e-5):
         assert np.abs(examples(without, packed()) - wanted).max(-1).min() > 1e-4
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+EVERY_TIME = {"llama", "gemma", "local", "alibi"}
+"""Architectures whose test is not slow: those between which windows, rotary angles and biases differ."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, id=name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name, c in CONFIGS.items()],
+)
 def test_a_prefix_is_the_prompts_tokens_before_each_example(config):
     check(Model(config), params_of(config))
 
@@ -138,7 +145,7 @@ def test_each_row_can_have_its_own():
     assert np.abs(run(model, params, packed(), prefix=prefixes[0]).hidden_BTD[1] - got[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma", "alibi"])
+@pytest.mark.parametrize("name", ["gemma", pytest.param("alibi", marks=pytest.mark.slow)])
 def test_it_goes_with_a_cache_and_behind_another(name):
     model, params, view = Model(CONFIGS[name]), params_of(CONFIGS[name]), plain_view(some_tokens(2, 8))
     prefix = prefix_of(model, params, PROMPT)

@@ -54,6 +54,7 @@ def test_a_texts_own_vectors_are_its_tokens_before_each_example(name, kind):
     assert np.abs(got - without).max(-1).min() > 1e-4
 
 
+@pytest.mark.slow
 def test_vectors_have_the_gradient_of_their_tokens_embeddings():
     """Of a prompt whose tokens occur nowhere else, before each example anew: their gradients add up."""
     own = list(range(97, 102))

@@ -43,7 +43,9 @@ def wanted():
     return [expected(*pair) for pair in TEXTS]
 
 
-@pytest.mark.parametrize(("devices", "batch_tokens"), [(1, 10_000), (1, 64), (8, 10_000)])
+@pytest.mark.parametrize(
+    ("devices", "batch_tokens"), [(1, 10_000), pytest.param(1, 64, marks=pytest.mark.slow), (8, 10_000)]
+)
 def test_likelihoods_are_those_of_float64_under_any_batching(wanted, devices, batch_tokens):
     tiny = speaker(devices, chat=False, batch_tokens=batch_tokens)
     weighed = tiny.weigh(TEXTS)

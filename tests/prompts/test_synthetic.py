@@ -117,6 +117,7 @@ def test_what_cannot_be_is_refused(write, tmp_path):
         PromptsConfig(make="magpie")
 
 
+@pytest.mark.slow
 def test_turns_are_written_where_the_user_speaks(tmp_path, capsys):
     tiny, how = speaker(1, batch_size=2), How(8, sampling=Sampling(1.0), seed=3)
     turns = tiny.turns(3, how)
