@@ -124,6 +124,8 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
+    for name in config.answers.unrelated if config.data.teacher_view else ():
+        data.check_text(name, "answers.unrelated")
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer)
     loader = data.build(

@@ -122,6 +122,7 @@ def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
         return {}
     length = config.data.sequence_length
     text = data.DataConfig(sources=config.answers.unrelated, sequence_length=length, eval_tokens=min(16 * length, 4096))
+    text = replace(text, eval_fraction=0.5, dedupe_ngram=0)  # none of it is trained on
     loader = data.build(text, job.tokenizer, batch_size=config.batch_size)
     batches = loader.evaluation(config.batch_size)
     alone = {name: tree for name, tree in frozen.items() if name != "teacher_prefix"}

@@ -71,7 +71,7 @@ class AnswersConfig:
     behaviour: str = ""
     """A regular expression for what the teacher's prompt asks for; the share of answers that have it is measured."""
     unrelated: tuple[str, ...] = ("python_docs",)
-    """Sources of text on which forgetting is measured, as the divergence from the unprompted teacher."""
+    """Sources of plain text on which forgetting is measured, as the divergence from the unprompted teacher."""
     batch_size: int = 32
     """Prompts that are answered at once."""
     seed: int = 0

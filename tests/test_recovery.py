@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from test_build import config, directory, exported  # noqa: F401
+from test_build import config, directory, exported, refused  # noqa: F401
 from test_context import log_probs, made  # noqa: F401
 
 from kdjax import data
@@ -70,6 +70,11 @@ def test_a_student_that_is_the_teacher_without_its_prompt_has_recovered_nothing(
     assert found["saved"]["cache_bytes"] == np.mean(tokens) * 2 * 2 * 1 * 8 * 4
 
 
+def test_forgetting_is_measured_on_plain_text(made):
+    rows = replace(made, answers=replace(ANSWERS, unrelated=made.data.sources))
+    refused(rows, "answers.unrelated names jsonl:.* of kind answer; wanted plain text")
+
+
 def test_without_a_prompt_of_the_teachers_own_there_is_nothing_to_recover(made):
     job = build(replace(made, data=replace(made.data, teacher_view="", teacher_length=0)))
     assert recovery(job, job.start().params, job.frozen()) == {}
@@ -91,9 +96,10 @@ def test_a_student_that_was_made_worse_is_below_zero():
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_what_it_recovered(made, home):
+def test_a_run_ends_with_what_it_recovered(made, home, tmp_path):
     made = replace(made, objective=replace(made.objective, alpha=0.0), optim=replace(made.optim, learning_rate=1e-2))
-    answers = replace(ANSWERS, by="teacher", count=100, unrelated=made.data.sources)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n} has nothing to do with letters. " * 9 for n in range(99)))
+    answers = replace(ANSWERS, by="teacher", count=100, unrelated=(f"text:{tmp_path / 'text.txt'}",))
     rows = replace(made, answers=answers, prompt="7", steps=40)
     summary = train(rows, home / "recovered")
     assert 0.2 < summary["recovered"] < 1 and summary["forgetting"]["kl"] > 0

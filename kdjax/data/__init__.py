@@ -3,7 +3,7 @@
 from kdjax.data.config import DataConfig
 from kdjax.data.packing import Asked, examples_of, in_rows, reanswered, rows_of
 from kdjax.data.pipeline import Data, build, merge_states
-from kdjax.data.questions import Question, encode_prompt, questions
+from kdjax.data.questions import Question, check_text, encode_prompt, questions
 from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer, with_template
 from kdjax.data.views import system_views
 from kdjax.data.vocabulary import trim_tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "Tokenizer",
     "build",
     "check_fits",
+    "check_text",
     "encode_prompt",
     "examples_of",
     "in_rows",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdjax.data.config import DataConfig
-from kdjax.data.examples import to_question
+from kdjax.data.examples import to_example, to_question
 from kdjax.data.sources import Source, open_source
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.data.views import Views, encode_question, load_views
@@ -58,6 +58,18 @@ def encode_prompt(prompt: str, config: DataConfig, tokenizer: Tokenizer) -> tupl
         return encode_question(example, tokenizer, load_views(config) or Views())
     except UserError as error:
         raise UserError(f"prompt {prompt!r}: {error}, or leave prompt empty") from None
+
+
+def check_text(name: str, setting: str) -> None:
+    """Check that a source has plain text, by its first row.
+
+    Raises:
+        UserError: it has not, or is not there.
+    """
+    source = open_source(name)
+    kind = to_example(source.record(0), DataConfig(), source.where(0)).kind
+    if kind != "text":
+        raise UserError(f"{setting} names {name}, whose rows are of kind {kind}; wanted plain text, or none: ()")
 
 
 def _place(prompt: str, seed: int) -> bytes:
