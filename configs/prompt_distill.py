@@ -2,7 +2,7 @@
 
 COMMAND:  kdjax train configs/prompt_distill.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
-TIME:     about 7 minutes once the model (93 MB) is fetched; --prompt-file my.txt distils a prompt of one's own
+TIME:     about 7 minutes (estimated) once the model (93 MB) is fetched; --prompt-file my.txt distils one's own
 RESULT:   about nine tenths of the prompt's effect on unseen questions is recovered (figures: docs/prompts.md)
 """
 

@@ -2,7 +2,7 @@
 
 COMMAND:  kdjax pipeline configs/prompt_pipeline.py
 HARDWARE: 2 CPU cores, 4 GB of memory; no GPU
-TIME:     about 15 minutes once the model (93 MB) is fetched
+TIME:     about 15 minutes (estimated) once the model (93 MB) is fetched
 RESULT:   accuracy on unseen texts with the prompt, without it, and distilled into weights, each with its interval
 """
 

@@ -2,7 +2,7 @@
 
 COMMAND:  kdjax train configs/soft_prompt.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
-TIME:     about 8 minutes once the model (93 MB) is fetched
+TIME:     about 8 minutes (estimated) once the model (93 MB) is fetched
 RESULT:   at least 80 % of the prompt's effect on unseen questions is recovered (figures: docs/prompts.md)
 """
 

@@ -175,4 +175,4 @@ def _parted(text: str, end: str) -> tuple[dict[str, str], str]:
         return {}, text
     thoughts, found, answer = text.partition(end)
     space = answer[: len(answer) - len(answer.lstrip())]
-    return {"scratchpad": thoughts + found + space}, answer.lstrip() if found else ""
+    return {data.SCRATCHPAD: thoughts + found + space}, answer.lstrip() if found else ""

@@ -25,7 +25,7 @@ from kdjax.prompts.journal import Journal
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.score import Scoring
 from kdjax.prompts.select import mean_interval
-from kdjax.prompts.splits import Splits, read_examples, split
+from kdjax.prompts.splits import Splits, plain, read_examples, split
 from kdjax.prompts.tasks import TASKS, Candidate, template
 from kdjax.search import claim, search
 from kdjax.train import train
@@ -118,11 +118,10 @@ def _splits(own: PromptsConfig) -> Splits:
 
 def _questions(own: PromptsConfig, splits: Splits) -> Iterable[Mapping[str, str]]:
     """Yield each different input once, but for those that are reported on."""
-    kept = {" ".join(one.input.casefold().split()) for one in splits.test}
+    seen = {plain(one.input) for one in splits.test}
     for one in read_examples(own.sources, own.input, own.answer):
-        plain = " ".join(one.input.casefold().split())
-        if plain not in kept:
-            kept.add(plain)
+        if (text := plain(one.input)) not in seen:
+            seen.add(text)
             yield {"prompt": one.input}
 
 

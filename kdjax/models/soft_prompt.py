@@ -105,7 +105,6 @@ def of_tokens(soft: SoftPrompt, model: Model, params: Tree, ids: Sequence[int]) 
 def kept_of(length: int, tokens: int) -> np.ndarray:
     """Return which tokens of a text are kept: its last ones, and the first, which attention rests on.
 
-    Paper: Xiao et al. 2023, StreamingLLM, arXiv:2309.17453. Measured beside evenly spaced tokens and means of segments
-    this starts nearest to the whole text (docs/prompts.md).
+    Paper: Xiao et al. 2023, StreamingLLM, arXiv:2309.17453.
     """
     return np.array([0, *range(length - tokens + 1, length)])

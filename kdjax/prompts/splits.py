@@ -86,8 +86,12 @@ def split(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> Split
     return Splits(*map(tuple, parts))
 
 
+def plain(text: str) -> str:
+    """Return a text without regard to case and space: inputs of equal ones are one example."""
+    return " ".join(text.casefold().split())
+
+
 def _place(text: str, seed: int) -> float:
     """Return where in [0, 1) an input falls."""
-    plain = " ".join(text.casefold().split()).encode()
-    digest = hashlib.blake2b(plain, digest_size=8, salt=str(seed).encode()[-16:]).digest()
+    digest = hashlib.blake2b(plain(text).encode(), digest_size=8, salt=str(seed).encode()[-16:]).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
