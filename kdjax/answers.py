@@ -62,7 +62,7 @@ def write_answers(config: Config, directory: Path) -> Path:
         raise UserError("no model answers: the config has no teacher; name one")
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, teacher.model.config.vocab_size)
-    asked = data.questions(config.data, tokenizer, config.answers.count, config.answers.seed)
+    asked = data.questions(config.data, tokenizer, config.answers.count, config.answers.seed, config.student.gist)
     _check(asked, config, teacher)
     if not progress:
         progress = {"settings": wanted, "done": 0, "bytes": 0, "dropped": {}, "of": len(asked)}

@@ -127,7 +127,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     for name in config.answers.unrelated if config.data.teacher_view else ():
         data.check_text(name, "answers.unrelated")
     if config.prompt and config.data.has_views:
-        data.encode_prompt(config.prompt, config.data, tokenizer)
+        data.encode_prompt(config.prompt, config.data, tokenizer, config.student.gist)
     loader = data.build(
         replace(text or config.data, task=task, share_prefix=_shares(config, teacher)),
         tokenizer,
@@ -137,6 +137,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         start_token=student.model.config.start_token,
         labels=student.model.config.labels,
         room=config.answers.tokens if config.answers.student_share else 0,
+        gist=config.student.gist,
     )
     _check_length(config, student, teacher, len(loader.shared))
     return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))

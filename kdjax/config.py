@@ -109,13 +109,23 @@ class Config:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
             raise UserError("student.soft_prompt is trained alone; leave out student.lora and student.trained")
+        if self.student.gist < 0 or (self.student.gist and self.student.soft_prompt.tokens):
+            raise UserError(
+                f"student.gist is {self.student.gist} and student.soft_prompt.tokens {self.student.soft_prompt.tokens}; "
+                "wanted at least 0, and one of both"
+            )
+        if self.student.gist and not (self.data.student_view and self.data.teacher_view):
+            raise UserError(
+                "student.gist wants two views: set data.student_view, with {{ gist }} behind the prompt, and "
+                "data.teacher_view, the same without it"
+            )
         if self.student.quantize != "none":
             raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
-        trained = self.teacher and (self.teacher.trained or self.teacher.lora.rank or self.teacher.soft_prompt.tokens)
-        if trained:
+        of = self.teacher
+        if of and (of.trained or of.lora.rank or of.soft_prompt.tokens or of.gist):
             raise UserError(
-                "teacher.trained, teacher.lora or teacher.soft_prompt is set, but a teacher is not trained; set the "
-                "student's"
+                "teacher.trained, teacher.lora, teacher.soft_prompt or teacher.gist is set, but a teacher is not "
+                "trained; set the student's"
             )
 
 

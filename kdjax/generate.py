@@ -16,7 +16,8 @@ import numpy as np
 
 from kdjax.errors import UserError
 from kdjax.losses import head_logits
-from kdjax.models import Cache, Model, Prefix, bare, prefix_of
+from kdjax.models import Cache, Model, Prefix, bare, compressed, prefix_of
+from kdjax.models import gist as gists
 from kdjax.models.soft_prompt import slots
 from kdjax.sampling import Sampling, choose
 from kdjax.shapes import Array, View
@@ -85,7 +86,7 @@ def stream(
     """Yield each prompt's next tokens, at most `BLOCK` a time and none after its end; then the next ones.
 
     A draw depends on the seed, the prompt's number (`first` and after) and the step alone. What all prompts begin with
-    is computed once; a `prefix` stands before that.
+    is computed once; a `prefix` stands before that. Of prompts with a gist the text before it is compressed in one pass.
 
     Raises:
         UserError: as `generate` does.
@@ -93,6 +94,7 @@ def stream(
     sampling.check()
     if not prompts:
         return
+    prompts, prefix = _behind_gists(model, params, prompts, prefix)
     held = slots(params) + (0 if prefix is None else prefix.tokens)
     check_prompts(model, prompts, max_new_tokens, held)
     prefix, params = _standing(model, params, prefix), bare(params)
@@ -130,6 +132,18 @@ def settled(text: str, stop: Sequence[str], is_over: bool) -> tuple[str, bool]:
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     held = [size for end in stop for size in range(1, len(end)) if text.endswith(end[:size])]
     return text[: len(text) - max(held, default=0)], False
+
+
+def _behind_gists(
+    model: Model, params: dict, prompts: Sequence[Sequence[int]], prefix: Prefix | None
+) -> tuple[Sequence[Sequence[int]], Prefix | None]:
+    """Return what follows the gist of each prompt, and the gists as a prefix; both as given where there is no gist."""
+    parts = gists.parted(prompts, gists.places(params)) if gists.places(params) else None
+    if parts is None:
+        return prompts, prefix
+    if prefix is not None:
+        raise UserError("the prompts have a gist, and a prefix was given, which it has not seen; leave out one")
+    return parts[1], compressed(model, params, parts[0])
 
 
 def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, held: int = 0) -> None:

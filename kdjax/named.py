@@ -15,7 +15,18 @@ import numpy as np
 from kdjax import data
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import Model, ModelFile, ModelSpec, Prefix, lora, open_model, prefix_of, select_kept, soft_prompt
+from kdjax.models import (
+    Model,
+    ModelFile,
+    ModelSpec,
+    Prefix,
+    gist,
+    lora,
+    open_model,
+    prefix_of,
+    select_kept,
+    soft_prompt,
+)
 from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.sharding import Placement
 
@@ -70,17 +81,18 @@ class Named:
         return jax.jit(of, out_shardings=where)(params)
 
     def init(self, key: jax.Array) -> Any:
-        """Return random parameters, only those that are trained, new adapters, and a random soft prompt."""
+        """Return random parameters, only those that are trained, new adapters, and a random soft prompt or gist."""
         params = self.model.init(key)
         return lora.join(self._part(params)[0], self._added(params, key))
 
     def _added(self, params: Any, key: jax.Array) -> Any:
         adapters = lora.init_adapters(self.spec.lora, params, key)
-        return adapters | soft_prompt.init_random(self.spec.soft_prompt, self.model.config, key)
+        adapters |= soft_prompt.init_random(self.spec.soft_prompt, self.model.config, key)
+        return adapters | gist.init_random(self.spec.gist, self.model.config, key)
 
     def start(self, place: Placement, key: jax.Array) -> Any:
         """Return the parameters that are trained before the first step, float32."""
-        if self.is_whole:
+        if self.is_whole and not self.spec.gist:
             return self.params(place, key)
         shapes = jax.eval_shape(self.model.init, key)
         where = place.state_shardings(jax.eval_shape(lambda key: self._added(shapes, key), key), self.axes)
@@ -90,6 +102,9 @@ class Named:
             ids = self.ids or jax.random.randint(key, (soft.tokens,), 0, self.model.config.vocab_size)
             made = partial(soft_prompt.of_tokens, soft, self.model)
             added |= jax.jit(made, out_shardings=place.replicated)(self.base(place), np.asarray(ids))
+        if self.spec.gist and self.file is not None:
+            seed = int(jax.random.bits(key, dtype=np.uint32))
+            added |= place.load(gist.of_vocabulary(self.spec.gist, self.file, seed), gist.AXES, "float32")
         return lora.join(self._loaded(place, 0, "float32"), added)
 
     def base(self, place: Placement, whole: Any = None) -> Any:
@@ -143,11 +158,11 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
         raise UserError("teacher.quantize is set, but its source is 'random'; name a model")
     if student.file is not None:
         student.file.check_plain()
-    if not student.is_whole:
+    if not student.is_whole or student.spec.gist:
         if student.file is None:
             raise UserError(
-                "student.lora, student.trained and student.soft_prompt freeze the rest of a model, but its source is "
-                "'random'; name a model"
+                "student.lora, student.trained, student.soft_prompt and student.gist want a model that can do "
+                "something, but its source is 'random'; name a model"
             )
         lora.check(student.spec, student.file.tensors)
     return student, teacher
@@ -160,6 +175,8 @@ def prompted(student: Named, tokenizer: data.Tokenizer, room: int) -> Named:
         UserError: a model that takes none, a text of too few tokens, or more tokens than there is `room` for.
     """
     soft = student.spec.soft_prompt
+    if student.spec.gist:
+        student.model.config.check_gist()
     if not soft.tokens:
         return student
     student.model.config.check_prefix()

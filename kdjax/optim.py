@@ -62,6 +62,7 @@ RULES = {
     "/soft_prompt/embedding": Rule(decays=False, inputs=0),
     "/soft_prompt/k": Rule(decays=False, inputs=0),
     "/soft_prompt/v": Rule(decays=False, inputs=0),
+    "/gist/embedding": Rule(decays=False, inputs=0),
     "/head/kernel": Rule(decays=True, inputs=1),
     "/kernel": Rule(decays=True, inputs=1, orthogonal=True),
     "/embedding": Rule(decays=True, inputs=1),

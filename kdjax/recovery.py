@@ -22,6 +22,8 @@ from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.losses import ObjectiveConfig, fused_kd_loss
 from kdjax.models import Model, bare
+from kdjax.models import gist as gists
+from kdjax.models.config import SOFT_PROMPT
 from kdjax.models.soft_prompt import slots
 from kdjax.shapes import Array, Batch, View
 from kdjax.step import student_params
@@ -46,14 +48,20 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     if teacher is None or not (job.config.data.teacher_view and held):
         return {}
     student = student_params(job.recipe, params, frozen)
-    models = {"unprompted": (teacher.model, frozen["teacher"]), "distilled": (job.student.model, student)}
-    own = _answered(job, *models["distilled"], held)
-    found = _shares("recovered", *(_divergences(job, *models[who], frozen, held) for who in models))
-    found |= _shares("recovered_own", *(_divergences(job, *models[who], frozen, own) for who in models))
+    plain, distilled = (teacher.model, frozen["teacher"]), (job.student.model, student)
+    own, found = _answered(job, *distilled, held), Figures()
+    for name, asked in (("recovered", held), ("recovered_own", own)):
+        of_plain = _divergences(job, *plain, frozen, _unprompted(asked))
+        found |= _shares(name, of_plain, _divergences(job, *distilled, frozen, asked))
     if job.config.answers.behaviour:
-        said = {"prompted": held, "unprompted": _answered(job, *models["unprompted"], held), "distilled": own}
+        said = {"prompted": held, "unprompted": _answered(job, *plain, _unprompted(held)), "distilled": own}
         found["behaviour"] = {who: _rate(job, answers) for who, answers in said.items()}
-    return found | {"forgetting": _forgetting(job, params, frozen), "saved": _saved(job, models["distilled"], held)}
+    return found | {"forgetting": _forgetting(job, params, frozen), "saved": _saved(job, distilled, held)}
+
+
+def _unprompted(examples: Sequence[Asked]) -> list[Asked]:
+    """Return the examples as a model without prompt and gist sees them."""
+    return [replace(one, student=one.unprompted) for one in examples]
 
 
 def shares(distilled_P: np.ndarray, unprompted_P: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
@@ -133,10 +141,11 @@ def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
 def _saved(job: Job, student: tuple[Model, Any], examples: Sequence[Asked]) -> Figures:
     """Return what a request costs less without the prompt: tokens, bytes of the cache, seconds to the first token."""
     (model, params), c = student, student[0].config
-    with_prompt, without = (
-        float(np.mean([len(getattr(one, whose)) for one in examples])) for whose in ("teacher", "student")
-    )
-    with_prompt += len(job.data.shared)
+    with_prompt = float(np.mean([len(one.teacher) for one in examples])) + len(job.data.shared)
+    without = float(np.mean([len(one.unprompted) for one in examples]))
+    if count := gists.places(params):  # a gist is made once, and from then on it is keys and values of its places
+        kept = dict.fromkeys("kv", np.zeros((c.layers, count, c.kv_heads, c.head_width), np.float32))
+        params = bare(params) | {SOFT_PROMPT: kept}
     seconds = [_seconds(model, bare(params), round(with_prompt)), _seconds(model, params, round(without))]
     without += slots(params)
     per_token = 2 * c.layers * c.kv_heads * c.head_width * jax.numpy.dtype(model.dtype).itemsize

@@ -52,7 +52,7 @@ class View:
     """What one model sees of a batch.
 
     Attributes:
-        tokens_BT: token ids, int32.
+        tokens_BT: token ids, int32; below 0 the places of a gist (`gist_places`), which only a model with one takes.
         segment_BT: the document a token belongs to, counted from 1 in each row; 0 is padding. Tokens attend to
             tokens of their own segment only (a decoder's to earlier ones), and to that segment of the encoder.
         position_BT: the token's position within its segment, from 0.
@@ -213,6 +213,11 @@ class Axes(NamedTuple):
     """These hold other tokens."""
     tensor: str | None = None
     """This one holds other parts of the vocabulary."""
+
+
+def gist_places(count: int) -> list[int]:
+    """Return what stands for the places of a gist in a view's tokens, in order: -1, -2, …"""
+    return [-1 - place for place in range(count)]
 
 
 def check_shapes(**arrays: Array) -> dict[str, int]:

@@ -138,7 +138,8 @@ def _continued(job: Job, model: Model, params: Any, is_teachers_view: bool = Fal
         return ""
     is_input, end = model.config.encoder_layers > 0, job.tokenizer.eos_ids
     if job.config.data.has_views:
-        prompts = [data.encode_prompt(job.config.prompt, job.config.data, job.tokenizer)[is_teachers_view]]
+        shown = job.config.prompt, job.config.data, job.tokenizer, job.config.student.gist
+        prompts = [data.encode_prompt(*shown)[is_teachers_view]]
     else:
         prompts = [job.tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
     new = generate(model, params, prompts, max_new_tokens=job.config.prompt_tokens, eos_ids=end)[0]

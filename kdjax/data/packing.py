@@ -103,6 +103,12 @@ class Asked:
     teacher: list[int]
     answer: list[int]
 
+    @property
+    def unprompted(self) -> list[int]:
+        """What the student sees before the answer behind a gist; all of it where there is none."""
+        gist = [place for place, token in enumerate(self.student) if token < 0]
+        return self.student[gist[-1] + 1 :] if gist else self.student
+
 
 def examples_of(rows: Sequence[Row]) -> list[Asked]:
     """Return the examples in packed rows, each a prompt with its answer."""

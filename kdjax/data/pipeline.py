@@ -152,6 +152,7 @@ def build(
     start_token: int = 0,
     labels: int = 0,
     room: int = 0,
+    gist: int = 0,
 ) -> Data:
     """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
 
@@ -164,6 +165,7 @@ def build(
         start_token: that a decoder beside an encoder begins with.
         labels: how many classes a classifier tells apart.
         room: tokens that each answer to a view has room for at least, so that it can be given anew.
+        gist: places of the student's gist.
 
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
@@ -176,7 +178,7 @@ def build(
         targets=config.lengths["tokens"],
         start_token=start_token,
         labels=labels,
-        views=load_views(config),
+        views=load_views(config, gist),
         room=room,
     )
     sources = [open_source(name) for name in config.sources]

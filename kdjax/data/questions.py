@@ -25,8 +25,10 @@ class Question:
     teacher: list[int]
 
 
-def questions(config: DataConfig, tokenizer: Tokenizer, count: int, seed: int) -> list[Question]:
+def questions(config: DataConfig, tokenizer: Tokenizer, count: int, seed: int, gist: int = 0) -> list[Question]:
     """Return so many rows' questions (0: all), chosen and ordered by a hash of each prompt and the seed.
+
+    The student's view has a `gist` of so many places.
 
     Raises:
         UserError: rows that cannot be read or shown, beyond `data.max_bad_rows`.
@@ -43,19 +45,19 @@ def questions(config: DataConfig, tokenizer: Tokenizer, count: int, seed: int) -
                 continue
             found.append((_place(asked.document, seed), source, row))
     found.sort(key=lambda one: one[0])
-    views = load_views(config) or Views()
+    views = load_views(config, gist) or Views()
     return [_seen(source, row, config, tokenizer, views) for _, source, row in found[: count or None]]
 
 
-def encode_prompt(prompt: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return a prompt's tokens as the student sees it and as the teacher does.
+def encode_prompt(prompt: str, config: DataConfig, tokenizer: Tokenizer, gist: int = 0) -> tuple[list[int], list[int]]:
+    """Return a prompt's tokens as the student sees it, with a `gist` of so many places, and as the teacher does.
 
     Raises:
         UserError: a template that fails, or names other columns than the prompt's.
     """
     example = to_question({config.prompt_field: prompt}, config, "prompt")
     try:
-        return encode_question(example, tokenizer, load_views(config) or Views())
+        return encode_question(example, tokenizer, load_views(config, gist) or Views())
     except UserError as error:
         raise UserError(f"prompt {prompt!r}: {error}, or leave prompt empty") from None
 

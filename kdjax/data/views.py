@@ -19,20 +19,29 @@ from kdjax.data.config import DataConfig
 from kdjax.data.examples import Example
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.errors import UserError
+from kdjax.shapes import gist_places
 
 SCRATCHPAD = "scratchpad"
 """The column of what a teacher wrote before its answer; in a template it is empty where a row has none."""
 
 
+_MARK = "\ue000gist\ue000"
+"""What stands in a rendered text for the places of a gist."""
+
+
 @dataclass(frozen=True)
 class Views:
-    """Two templates; an empty one of the student is the row's prompt, of the teacher what the student sees."""
+    """Two templates; an empty one of the student is the row's prompt, of the teacher what the student sees.
+
+    With a `gist` of so many places the student's says {{ gist }} once, where these stand.
+    """
 
     student: str = ""
     teacher: str = ""
+    gist: int = 0
 
 
-def load_views(config: DataConfig) -> Views | None:
+def load_views(config: DataConfig, gist: int = 0) -> Views | None:
     """Return the templates of a config, read where they name a file; None where it has none.
 
     Raises:
@@ -40,7 +49,7 @@ def load_views(config: DataConfig) -> Views | None:
     """
     if not config.has_views:
         return None
-    return Views(*(_template(name, getattr(config, name)) for name in ("student_view", "teacher_view")))
+    return Views(*(_template(name, getattr(config, name)) for name in ("student_view", "teacher_view")), gist)
 
 
 def _template(name: str, text: str) -> str:
@@ -65,7 +74,7 @@ def encode_views(
             a teacher's view that does not begin with what is shared and go on.
     """
     _check_kind(example)
-    prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer)
+    prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)
     spare = [tokenizer.eos_id] * (room - len(answer))
     encoded = _weighed("", prompt, answer, spare)
     if not views.teacher:
@@ -95,7 +104,7 @@ def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tup
     Raises:
         UserError: a template that fails, or writes nothing.
     """
-    student = _seen("student", views.student or "{{ prompt }}", example, tokenizer)[0]
+    student = _seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)[0]
     return student, _seen("teacher", views.teacher, example, tokenizer)[0] if views.teacher else student
 
 
@@ -124,21 +133,27 @@ def teacher_prompts(examples: Iterable[Example], tokenizer: Tokenizer, views: Vi
 
 @dataclass(frozen=True)
 class Written:
-    """What a view writes before an answer, and the answer's turn where chat() wrote it; None: where it did not."""
+    """What a view writes before an answer, and the answer's turn where chat() wrote it; None: where it did not.
+
+    With a `gist` of so many places, these stand in it.
+    """
 
     text: str
     spoken: str | None = None
+    gist: int = 0
 
     def tokens(self, tokenizer: Tokenizer) -> list[int]:
-        """Return the tokens before the answer."""
-        return tokenizer.encode_prompt(self.text) if self.spoken is None else tokenizer.encode(self.text)
+        """Return the tokens before the answer; text on either side of a gist is tokenised apart."""
+        first = tokenizer.encode_prompt if self.spoken is None else tokenizer.encode
+        before, _, after = self.text.partition(_MARK)
+        return [*first(before), *gist_places(self.gist), *(tokenizer.encode(after) if after else ())]
 
 
-def written(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> Written:
-    """Return what a template writes of an example.
+def written(whose: str, template: str, example: Example, tokenizer: Tokenizer, gist: int = 0) -> Written:
+    """Return what a template writes of an example, where a `gist` is to have so many places.
 
     Raises:
-        UserError: it fails.
+        UserError: it fails, or a gist does not stand between two texts.
     """
     spoken: list[str] = []
     (_, prompt), (_, answer) = example.parts
@@ -153,15 +168,23 @@ def written(whose: str, template: str, example: Example, tokenizer: Tokenizer) -
         return before
 
     try:
-        text = render(template, {SCRATCHPAD: "", **example.columns, "prompt": prompt, "chat": chat}, strict=True)
+        values = {SCRATCHPAD: "", **example.columns, "prompt": prompt, "chat": chat}
+        text = render(template, values | ({"gist": _MARK} if gist else {}), strict=True)
     except UserError as error:
         raise UserError(f"the {whose}'s view {error}; mend data.{whose}_view") from None
-    return Written(text, spoken[-1] if spoken else None)
+    if gist and (text.count(_MARK) != 1 or not all(text.split(_MARK))):
+        raise UserError(
+            f"the {whose}'s view has the gist {text.count(_MARK)} times; wanted {{{{ gist }}}} once in "
+            f"data.{whose}_view, with the prompt before it and something after it"
+        )
+    return Written(text, spoken[-1] if spoken else None, gist)
 
 
-def _seen(whose: str, template: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _seen(
+    whose: str, template: str, example: Example, tokenizer: Tokenizer, gist: int = 0
+) -> tuple[list[int], list[int]]:
     """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""
-    view = written(whose, template, example, tokenizer)
+    view = written(whose, template, example, tokenizer, gist)
     ids, (_, answer) = view.tokens(tokenizer), example.parts[1]
     if not ids:
         raise UserError(f"the {whose}'s view is empty, so nothing predicts the answer's first token; write something")

@@ -3,6 +3,7 @@
 from kdjax.models.attention import Cache, Prefix
 from kdjax.models.config import DType, ModelConfig, ModelSpec
 from kdjax.models.convert import export
+from kdjax.models.gist import compressed
 from kdjax.models.importance import Importance
 from kdjax.models.model_file import LazyTensor, ModelFile, select_kept, select_layers
 from kdjax.models.open import open_model
@@ -25,6 +26,7 @@ __all__ = [
     "Prefix",
     "bare",
     "byte_count",
+    "compressed",
     "export",
     "open_model",
     "parameter_count",

@@ -48,6 +48,17 @@ class Sight:
         """Return the sight of what lies fewer than `window` tokens back, or ahead where that is seen."""
         return replace(self, mask_B1TS=self.mask_B1TS & (jnp.abs(self.back_BTS) < window)[:, None])
 
+    def past_gists(self, is_gist_BT: Array) -> Sight:
+        """Return the sight in which what follows a gist sees its places, and nothing that stands before them.
+
+        The places see what stands before them, and one another as ever. A row may have several examples with a gist.
+        Paper: Mu et al. 2023, Learning to Compress Prompts with Gist Tokens, arXiv:2304.08467, section 3.1.
+        """
+        passed_BT = jnp.cumsum(is_gist_BT, axis=1)
+        same_BTS = passed_BT[:, :, None] == passed_BT[:, None, :]
+        seen_BTS = same_BTS | is_gist_BT[:, :, None] | is_gist_BT[:, None, :]
+        return replace(self, mask_B1TS=self.mask_B1TS & seen_BTS[:, None])
+
     def behind(self, position_BT: Array, slots: int) -> Sight:
         """Return the sight of the same queries with a prefix in so many slots before the keys: real ones see all of it.
 

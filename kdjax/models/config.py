@@ -174,6 +174,22 @@ class ModelConfig:
             return "its rotary angles (dynamic) go by the length of the whole text"
         return ""
 
+    @property
+    def why_no_gist(self) -> str:
+        """Why a gist cannot stand for a prompt of any length; empty where it can."""
+        if not self.why_no_prefix and self.positions in ("learned", "sinusoidal"):
+            return f"its positions are {self.positions}: counted from the start of the prompt, which is to be left out"
+        return self.why_no_prefix
+
+    def check_gist(self) -> None:
+        """Check that it takes a gist.
+
+        Raises:
+            UserError: it takes none.
+        """
+        if self.why_no_gist:
+            raise UserError(f"the model takes no gist: {self.why_no_gist}; set student.gist to 0")
+
     def check_prefix(self) -> None:
         """Check that it takes a prefix.
 
@@ -252,6 +268,9 @@ class Lora:
 SOFT_PROMPT = "soft_prompt"
 """The branch of a model's parameters that its soft prompt is."""
 
+GIST = "gist"
+"""The branch of a model's parameters that the vectors of its gist places are."""
+
 
 @dataclass(frozen=True)
 class SoftPrompt:
@@ -305,5 +324,8 @@ class ModelSpec:
     being frozen. Empty: all of them, or with `lora` none."""
     soft_prompt: SoftPrompt = SoftPrompt()
     """Of a student: train what stands before every example, and nothing else."""
+    gist: int = 0
+    """Of a student: so many trained vectors stand where `data.student_view` says {{ gist }}, and what comes after them
+    sees them in the place of what comes before. Trained beside adapters, or all weights; 0: none."""
     architecture: ModelConfig = ModelConfig()
     """Used only when `source` is `random`."""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.models.config import SOFT_PROMPT, ModelConfig, ModelSpec
+from kdjax.models.config import GIST, SOFT_PROMPT, ModelConfig, ModelSpec
 
 Index = tuple[slice, ...]
 
@@ -78,13 +78,14 @@ class ModelFile:
     base: ModelSpec | None = None
 
     def check_plain(self) -> None:
-        """Check that it has no soft prompt.
+        """Check that it has no soft prompt and no gist.
 
         Raises:
             UserError: it has one.
         """
-        if SOFT_PROMPT in self.tensors:
-            raise UserError(f"{self.source} has a soft prompt, which is for a teacher or generation; name its base")
+        for branch, title in ((SOFT_PROMPT, "soft prompt"), (GIST, "gist")):
+            if branch in self.tensors:
+                raise UserError(f"{self.source} has a {title}, which is for a teacher or generation; name its base")
 
     def sha256(self) -> str:
         """Return a hash of the architecture and of all weights as float32: the same for every format on disk."""

@@ -13,7 +13,7 @@ import numpy as np
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models import files
 from kdjax.models.adapter import ADAPTER, BASE, tensors_of
-from kdjax.models.config import SOFT_PROMPT, ModelConfig, ModelSpec
+from kdjax.models.config import GIST, SOFT_PROMPT, ModelConfig, ModelSpec
 from kdjax.models.convert import open_directory
 from kdjax.models.lora import merged
 from kdjax.models.model_file import ModelFile, lazy, select_kept
@@ -76,9 +76,23 @@ def _open_run(directory: Path) -> ModelFile:
     tokenizer = directory / "tokenizer.json"
     found = tokenizer if tokenizer.is_file() else None
     if (directory / BASE).is_file():
-        return replace(_on_base(directory, params), tokenizer=found)
-    _check_fits(directory, config, params)
-    return ModelFile(config, jax.tree.map(lazy, params), str(directory), found)
+        return _with_gist(replace(_on_base(directory, params), tokenizer=found), params)
+    _check_fits(directory, config, bare(params))
+    return _with_gist(ModelFile(config, jax.tree.map(lazy, bare(params)), str(directory), found), params)
+
+
+def _with_gist(file: ModelFile, params: dict[str, Any]) -> ModelFile:
+    """Return a model with the gist that a run has trained, or as it is where there is none."""
+    if GIST not in params:
+        return file
+    gist = jax.tree.map(lazy, params[GIST])
+    width = file.config.width
+    if set(gist) != {"embedding"} or gist["embedding"].shape[1:] != (width,):
+        shapes = {name: leaf.shape for name, leaf in gist.items()}
+        raise UserError(
+            f"the gist of {file.source} has shapes {shapes}; wanted an embedding as wide as the model, {width}"
+        )
+    return replace(file, tensors=file.tensors | {GIST: gist})
 
 
 def _on_base(directory: Path, params: dict[str, Any]) -> ModelFile:

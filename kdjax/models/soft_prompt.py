@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.models.config import SOFT_PROMPT, ModelConfig, SoftPrompt
+from kdjax.models.config import GIST, SOFT_PROMPT, ModelConfig, SoftPrompt
 from kdjax.models.layers import INIT_STD
 from kdjax.models.transformer import Model
 from kdjax.shapes import Array
@@ -39,9 +39,13 @@ def slots(tree: Tree) -> int:
 
 
 def axes_of(model: Model, tree: Tree) -> Tree:
-    """Return the names of all parameters' axes, where they may have a soft prompt: every device has all of that."""
-    own = {name: (None,) * len(leaf.shape) for name, leaf in tree.get(SOFT_PROMPT, {}).items()}
-    return model.logical_axes() | ({SOFT_PROMPT: own} if own else {})
+    """Return the names of all parameters' axes: of a soft prompt or a gist among them every device has all."""
+    own = {
+        branch: {name: (None,) * len(leaf.shape) for name, leaf in tree[branch].items()}
+        for branch in (SOFT_PROMPT, GIST)
+        if branch in tree
+    }
+    return model.logical_axes() | own
 
 
 def check_fits(own: Tree, config: ModelConfig, source: str) -> None:

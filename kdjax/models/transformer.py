@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models.attention import Attention, Cache, Prefix, attend, see
 from kdjax.models.blocks import Layer, Own, Shared
-from kdjax.models.config import SOFT_PROMPT, DType, ModelConfig, Remat
+from kdjax.models.config import GIST, SOFT_PROMPT, DType, ModelConfig, Remat
 from kdjax.models.experts import Dispatch, here
 from kdjax.models.layers import (
     ACTIVATIONS,
@@ -70,6 +70,7 @@ class Stack(nn.Module):
         encoded_BSD: Array | None = None,
         cache: Cache | None = None,
         prefix: Prefix | None = None,
+        is_gist_BT: Array | None = None,
     ) -> tuple[Array, dict[str, Array], dict[str, Array], Cache | None]:
         """Return the hidden states, the taps, further sums, and the cache with these tokens added."""
         c, first_slot, slots, encoder_slots = self.config, 0, None, None
@@ -80,6 +81,8 @@ class Stack(nn.Module):
             encoder_segment_BS = cache.encoder_segment_BS if encoder_segment_BS is None else encoder_segment_BS
         sight = see(view.segment_BT, segment_BS, first_slot, causal=c.causal)
         sight = replace(sight, scale=c.attention_scale, soft_cap=c.attention_soft_cap)
+        if is_gist_BT is not None and cache is None:
+            sight = sight.past_gists(is_gist_BT)
         if prefix is not None:
             sight = sight.behind(view.position_BT, prefix.tokens)
         if c.positions == "alibi":
@@ -142,10 +145,12 @@ class Transformer(Stack):
         cache: Cache | None = None,
         row_keys_B: Array | None = None,
         prefix: Prefix | None = None,
+        gist_PD: Array | None = None,
     ) -> Output:
         """Return hidden states as the head takes them, taps stacked by layer, and the cache with these tokens added."""
         c = self.config
-        embed, encoded_BSD = self._embedding(), None
+        embed, encoded_BSD = self._embedding(gist_PD), None
+        is_gist_BT = None if gist_PD is None else view.tokens_BT < 0
         if prefix is not None:
             view = replace(view, position_BT=view.position_BT + prefix.tokens)
         if view.encoder is not None:
@@ -153,10 +158,11 @@ class Transformer(Stack):
             run = self.remat, self.attention, self.layout, self.dispatch
             encoder = Stack(encoder_config(c), self.dtype, *run, name="encoder")
             encoded_BSD = encoder(embed(view.encoder, keys_B), view.encoder, keys_B)
-        x_BTD, taps, aux, cache = self._run(embed(view, row_keys_B), view, row_keys_B, encoded_BSD, cache, prefix)
+        seen = view, row_keys_B, encoded_BSD, cache, prefix, is_gist_BT
+        x_BTD, taps, aux, cache = self._run(embed(view, row_keys_B), *seen)
         return Output(self._before_head(x_BTD), taps, aux, cache)
 
-    def _embedding(self) -> Callable[[View, Array | None], Array]:
+    def _embedding(self, gist_PD: Array | None) -> Callable[[View, Array | None], Array]:
         """Return the map from a view to the sum of its embeddings, scaled and normalised where the config says so."""
         c = self.config
         table = partial(Embedding, width=c.width, dtype=self.dtype, layout=self.layout)
@@ -165,7 +171,10 @@ class Transformer(Stack):
         types, norm = table(None, c.token_types, name="types"), Norm(c, self.dtype, name="embed_norm")
 
         def embed(view: View, row_keys_B: Array | None) -> Array:
-            x_BTD = tokens(view.tokens_BT)
+            x_BTD = tokens(view.tokens_BT if gist_PD is None else jnp.maximum(view.tokens_BT, 0))
+            if gist_PD is not None:
+                own_BTD = jnp.take(gist_PD, jnp.maximum(-1 - view.tokens_BT, 0), axis=0).astype(self.dtype)
+                x_BTD = jnp.where((view.tokens_BT < 0)[:, :, None], own_BTD, x_BTD)
             if c.scale_embedding:
                 x_BTD = x_BTD * jnp.asarray(c.width**0.5, self.dtype)
             if c.positions == "learned":
@@ -206,8 +215,8 @@ def head_name(config: ModelConfig) -> str:
 
 
 def bare(params: dict) -> dict:
-    """Return the parameters without a soft prompt."""
-    return {name: tree for name, tree in params.items() if name != SOFT_PROMPT}
+    """Return the parameters without a soft prompt and a gist."""
+    return {name: tree for name, tree in params.items() if name not in (SOFT_PROMPT, GIST)}
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,8 @@ class Model:
         """Return hidden states as the head takes them, in the compute dtype.
 
         Args:
-            params: as `init` gives them, in any float dtype; a soft prompt among them stands before every example.
+            params: as `init` gives them, in any float dtype; a soft prompt among them stands before every example. With
+                a gist among them tokens below 0 are its places (with a cache nothing may follow these in one call).
             view: what the model sees.
             taps: names out of `TAPS`; each comes back stacked by layer, [L, B, T, ...].
             cache: from `empty_cache` or an earlier call; this call's tokens are added to it.
@@ -262,7 +272,7 @@ class Model:
                 with a window what of it lies in that. Positions count on after it: P is added to `view.position_BT`.
 
         Raises:
-            UserError: an unknown tap, a prefix of other shapes, or a model that takes none.
+            UserError: an unknown tap, a prefix of other shapes, a model that takes none, or a kernel that takes no gist.
         """
         for name in taps:
             if name not in TAPS:
@@ -270,7 +280,12 @@ class Model:
         prefix = self.standing(params, prefix)
         if prefix is not None:
             prefix.check(self.config, view.tokens_BT.shape[0])
-        output: Any = self._module(taps).apply({"params": bare(params)}, view, cache, row_keys_B, prefix)
+        gist_PD = params.get(GIST, {}).get("embedding")
+        if gist_PD is not None and self.attention is not attend:
+            raise UserError(
+                "a gist wants the kernel kdjax.models.attention.attend, which reads the mask; leave out one"
+            )
+        output: Any = self._module(taps).apply({"params": bare(params)}, view, cache, row_keys_B, prefix, gist_PD)
         return output
 
     def standing(self, params: dict, prefix: Prefix | None = None) -> Prefix | None:
