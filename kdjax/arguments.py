@@ -29,6 +29,9 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prompts", type=Path, metavar="FILE", help='one a line; of a .jsonl file the field "prompt" of each line'
     )
+    command.add_argument(
+        "--compress", default="", metavar="TEXT", help="compress TEXT, or @FILE, to the run's gist before every prompt"
+    )
     command.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
     command.add_argument("--json", action="store_true", help="a line of JSON for a single prompt too")
     command.add_argument("--max-new-tokens", type=int, default=100, help="default: %(default)s")

@@ -83,7 +83,7 @@ def _speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
-    for name in ("train", "student", "answers", "search", "synthesis", "pipeline", "effect"):
+    for name in ("train", "student", "jobs", "answers", "search", "synthesis", "pipeline", "effect"):
         logging.getLogger(f"kdjax.{name}").setLevel(logging.INFO)
     for name in ("asyncio", "matplotlib"):  # a failed write's other tasks; a font cache that cannot be written
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -244,6 +244,7 @@ def _generate(options: argparse.Namespace, flags: list[str]) -> None:
         chat=options.chat,
         dtype=options.dtype,
         batch_size=options.batch_size,
+        compress=options.compress,
     )
     if len(prompts) == 1 and not options.json:
         for _, piece, _ in pieces:

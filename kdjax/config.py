@@ -111,8 +111,8 @@ class Config:
             raise UserError("student.soft_prompt is trained alone; leave out student.lora and student.trained")
         if self.student.gist < 0 or (self.student.gist and self.student.soft_prompt.tokens):
             raise UserError(
-                f"student.gist is {self.student.gist} and student.soft_prompt.tokens {self.student.soft_prompt.tokens}; "
-                "wanted at least 0, and one of both"
+                f"student.gist is {self.student.gist} and student.soft_prompt.tokens is "
+                f"{self.student.soft_prompt.tokens}; wanted one of both, at least 0"
             )
         if self.student.gist and not (self.data.student_view and self.data.teacher_view):
             raise UserError(

@@ -86,7 +86,7 @@ def stream(
     """Yield each prompt's next tokens, at most `BLOCK` a time and none after its end; then the next ones.
 
     A draw depends on the seed, the prompt's number (`first` and after) and the step alone. What all prompts begin with
-    is computed once; a `prefix` stands before that. Of prompts with a gist the text before it is compressed in one pass.
+    is computed once; a `prefix` stands before that. What stands before a gist in prompts is compressed in one pass.
 
     Raises:
         UserError: as `generate` does.

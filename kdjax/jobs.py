@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,14 @@ from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
 from kdjax.generate import GREEDY, check_prompts, settled, stream
 from kdjax.metrics import write_json
-from kdjax.models import DType, Model, export, open_model
+from kdjax.models import DType, Model, Prefix, compressed, export, open_model
 from kdjax.models.adapter import export_soft_prompt
+from kdjax.models.gist import places
 from kdjax.models.soft_prompt import axes_of, slots
 from kdjax.sampling import Sampling
 from kdjax.sharding import MeshConfig, placement
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_run(directory: Path) -> dict[str, Any]:
@@ -55,10 +59,12 @@ def generate_texts(
     chat: bool = False,
     dtype: DType = "float32",
     batch_size: int = 16,
+    compress: str = "",
 ) -> Iterator[tuple[int, str, bool]]:
     """Yield what a model or run says after each prompt, as it comes: the prompt's number, a piece, whether it is over.
 
     With `chat` a prompt is a user's turn in the model's own template. A text ends before the first of `stop` in it.
+    The text `compress`, or that of @FILE, stands before every prompt as the gist of a run that has one.
 
     Raises:
         UserError: no tokenizer, or as `generate` does.
@@ -71,9 +77,12 @@ def generate_texts(
         raise UserError(f"{source} has no tokenizer.json; wanted one beside the weights")
     tokenizer, place, model = data.load_tokenizer(file.tokenizer), placement(MeshConfig()), Model(file.config, dtype)
     data.check_fits(tokenizer, file.config.vocab_size)
-    ids = [_ids(tokenizer, prompt, chat, is_input=file.config.encoder_layers > 0) for prompt in prompts]
-    check_prompts(model, ids, max_new_tokens, slots(file.tensors))
+    if chat and compress:
+        raise UserError("a prompt behind a gist is plain text, as it follows the gist; leave out --chat or --compress")
+    ids = [_ids(tokenizer, prompt, chat, file.config.encoder_layers > 0, bool(compress)) for prompt in prompts]
+    check_prompts(model, ids, max_new_tokens, slots(file.tensors) + (places(file.tensors) if compress else 0))
     params = place.load(file.tensors, axes_of(model, file.tensors), dtype)
+    prefix = _gist(model, params, tokenizer, compress) if compress else None
     for first in range(0, len(ids), batch_size):
         batch, end = ids[first : first + batch_size], tokenizer.eos_ids
         blocks = stream(
@@ -85,6 +94,7 @@ def generate_texts(
             seed=seed,
             eos_ids=end,
             first=first,
+            prefix=prefix,
         )
         said, shown, is_over = [[] for _ in batch], [0] * len(batch), [False] * len(batch)
         for block in blocks:
@@ -99,7 +109,26 @@ def generate_texts(
                 break
 
 
-def _ids(tokenizer: data.Tokenizer, prompt: str, chat: bool, is_input: bool) -> list[int]:
+def _gist(model: Model, params: Any, tokenizer: data.Tokenizer, text: str) -> Prefix:
+    """Return the gist of a text, or of @FILE, as a prefix; say what it saves a request."""
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--compress {text[1:]} cannot be read as text: {error}") from None
+    ids, c = tokenizer.encode_prompt(text), model.config
+    prefix = compressed(model, params, [ids])
+    each = 2 * c.layers * c.kv_heads * c.head_width * prefix.k_LBPGK.dtype.itemsize
+    log.info(
+        "%d tokens are compressed to %d places: a request's cache has %s bytes of them in the place of %s",
+        *(len(ids), prefix.tokens, f"{prefix.tokens * each:,}", f"{len(ids) * each:,}"),
+    )
+    return prefix
+
+
+def _ids(tokenizer: data.Tokenizer, prompt: str, chat: bool, is_input: bool, goes_on: bool = False) -> list[int]:
+    if goes_on:
+        return tokenizer.encode(prompt)
     if not chat:
         return tokenizer.encode_prompt(prompt, is_input=is_input)
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
@@ -134,8 +163,13 @@ def export_run(source: str, out: Path) -> Path:
     """Return the directory that a run (its best saved step) or model was written to: Hugging Face's, or PEFT's.
 
     The latter has a soft prompt alone.
+
+    Raises:
+        UserError: the run has a gist, which neither format has a place for.
     """
     file = open_model(source)
+    if places(file.tensors):
+        raise UserError(f"{source} has a gist, which Hugging Face's formats have no place for; use the run as it is")
     if slots(file.tensors):
         return export_soft_prompt(file, out)
     return export(file.config, file.tensors, out, file.tokenizer)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ _SKIPPED |= {"__pycache__", "encodings", "pydoc_data"}
 
 KINDS = ("topic", "module", "class", "function")
 """What a document is of."""
+
+_WORDS = {"document": 72, "prompt": 4, "answer": 20}
+"""Words of each part of a passage."""
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _BODIES = (*_DOCUMENTED, ast.If, ast.Try, ast.With, ast.ExceptHandler)
@@ -61,6 +65,25 @@ def questions() -> tuple[dict[str, Any], ...]:
         }
         for name, text in public.items()
     )
+
+
+@functools.cache
+def passages() -> tuple[dict[str, Any], ...]:
+    """Return all documents cut into passages of `_WORDS` words in a row; what is left at an end is left out.
+
+    Each has `id`, `module`, and three stretches of text, each with the white space before it: `document`, `prompt`, the
+    few words that come next, and `answer`, how it goes on after them.
+    """
+    found = []
+    for row in documents():
+        words = re.findall(r"\s*\S+", row["text"])
+        for number in range(len(words) // sum(_WORDS.values())):
+            at, parts = number * sum(_WORDS.values()), {}
+            for name, count in _WORDS.items():
+                parts[name] = "".join(words[at : at + count])
+                at += count
+            found.append({"id": f"{row['id']}#{number}", "module": row["id"].partition(".")[0]} | parts)
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.python_docs import documents, questions
+from kdjax.data.python_docs import documents, passages, questions
 from kdjax.errors import UserError, did_you_mean
 
 Record = Mapping[str, Any]
@@ -183,6 +183,7 @@ def _tfds(argument: str) -> Source:
 SOURCES: dict[str, Callable[[str], Source]] = {
     "python_docs": partial(_installed, "python_docs", documents),
     "python_questions": partial(_installed, "python_questions", questions),
+    "python_passages": partial(_installed, "python_passages", passages),
     "text": lambda argument: _mapped("text", argument, _text_rows, lambda text: {"text": text.strip()}),
     "jsonl": lambda argument: _mapped("jsonl", argument, _json_rows, _json_object),
     "parquet": _parquet,

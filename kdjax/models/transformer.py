@@ -272,7 +272,7 @@ class Model:
                 with a window what of it lies in that. Positions count on after it: P is added to `view.position_BT`.
 
         Raises:
-            UserError: an unknown tap, a prefix of other shapes, a model that takes none, or a kernel that takes no gist.
+            UserError: an unknown tap, a prefix of other shapes, a model that takes none, a kernel that takes no gist.
         """
         for name in taps:
             if name not in TAPS:

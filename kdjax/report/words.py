@@ -139,6 +139,7 @@ def how(config: Json) -> list[str]:
     student = mapping(config.get("student"))
     words |= {"LoRA of rank": mapping(student.get("lora")).get("rank") or None}
     words |= {"soft prompt, tokens:": mapping(student.get("soft_prompt")).get("tokens") or None}
+    words |= {"gist, places:": student.get("gist") or None}
     words |= {"trained alone:": ", ".join(texts(student.get("trained"))) or None}
     words |= {"optimiser": optimiser.get("name"), "learning rate": optimiser.get("learning_rate")}
     words |= {"steps": config.get("steps"), "rows a batch": config.get("batch_size"), "seed": config.get("seed")}

@@ -66,7 +66,10 @@ def test_a_bad_row_is_named(tmp_path, kind, content, message):
     ("name", "message"),
     [
         ("jason:x", "unknown data source 'jason:x'; did you mean 'jsonl'"),
-        ("data.csv", "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, python_questions, text"),
+        (
+            "data.csv",
+            "unknown data source 'data.csv'; known: jsonl, parquet, python_docs, python_passages, python_questions",
+        ),
         ("jsonl:/nowhere/*.x", "names no file; write jsonl:PATH"),
         ("text:", "names no file"),
         ("python_docs:3.11", "takes no argument"),
@@ -149,6 +152,15 @@ def test_python_questions():
     assert not any(part.startswith("_") for row in rows for part in row["id"].split("."))
     with pytest.raises(UserError, match="python_questions takes no argument"):
         open_source("python_questions:x")
+
+
+def test_python_passages_are_whole_stretches_of_documents():
+    rows = [open_source("python_passages").record(i) for i in range(1000)]
+    texts = {row["id"]: row["text"] for row in map(open_source("python_docs").record, range(6000))}
+    for row in rows[::50]:
+        whole = row["document"] + row["prompt"] + row["answer"]
+        assert whole in texts[row["id"].partition("#")[0]] and row["id"].startswith(row["module"])
+        assert [len(row[name].split()) for name in ("document", "prompt", "answer")] == [72, 4, 20]
 
 
 def test_python_docs():

@@ -1,4 +1,4 @@
-"""What follows a gist sees its places and not the prompt: against each example computed alone, by its compressed prefix."""
+"""What follows a gist sees its places and not the prompt: against each example alone, behind its compressed prefix."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def following(hidden_BTD, view):
     """What is said of the tokens after each example's gist, in order."""
     tokens, segment = np.asarray(view.tokens_BT), np.asarray(view.segment_BT)
     found = []
-    for b, number in ((b, n) for b in range(len(PARTS)) for n in range(1, len(PARTS[b]) + 1)):
+    for b, number in [(row, n) for row in range(len(PARTS)) for n in range(1, len(PARTS[row]) + 1)]:
         places = np.flatnonzero(segment[b] == number)
         last = places[np.flatnonzero(tokens[b, places] < 0)[-1]]
         found.append(np.asarray(hidden_BTD)[b, last + 1 : places[-1] + 1])
