@@ -21,6 +21,7 @@ from scipy import stats
 
 from benchmarks import (
     generate,
+    gist,
     harness,
     kinds,
     loss_compiled,
@@ -183,6 +184,7 @@ MEMORY_BLOCKS: dict[str, Callable[[Path], str]] = {
 PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompts": lambda results: prompts.markdown(harness.read(results / "prompts.jsonl")),
     "prompt_distill": lambda results: prompt_distill.markdown(harness.read(results / "prompt_distill.jsonl")),
+    "gist": lambda results: gist.markdown(harness.read(results / "gist.jsonl")),
     "soft prompts": lambda results: soft_prompts.markdown(harness.read(results / "soft_prompts.jsonl")),
 }
 """The same for the page of prompts."""

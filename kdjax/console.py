@@ -246,10 +246,19 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
     return Group(*tables, *map(Text, recovered(summary)))
 
 
+RECOVERED = {
+    "recovered": "the teacher's answers",
+    "recovered_swapped": "these behind another prompt's gist",
+    "recovered_own": "the student's own answers",
+    "recovered_own_swapped": "these behind another prompt's gist",
+}
+"""Name of a share in summary.json -> what it was measured on."""
+
+
 def recovered(summary: Mapping[str, Any]) -> list[str]:
     """Return sentences on how much of a prompt's effect a student has without it, and what that saves."""
     said = []
-    for key, where in (("recovered", "the teacher's answers"), ("recovered_own", "the student's own answers")):
+    for key, where in RECOVERED.items():
         if finite(summary.get(key)) is not None:
             low, high = map(percent, summary[f"{key}_interval"])
             prompts = count(summary[f"{key}_prompts"])

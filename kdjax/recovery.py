@@ -42,7 +42,8 @@ BATCH = 8
 def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     """Return what summary.json says of a prompt's recovery; nothing where the teacher has no prompt of its own.
 
-    Measured on the held-out answers, and on answers that the student gives to the same prompts itself.
+    Measured on the held-out answers, and on answers that the student gives to the same prompts itself. With a gist also
+    `swapped`: behind the gist of another prompt, where what is recovered is of the kind of text and not of the prompt.
     """
     teacher, held = job.teacher, data.examples_of(job.data.held_out)
     if teacher is None or not (job.config.data.teacher_view and held):
@@ -53,6 +54,8 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     for name, asked in (("recovered", held), ("recovered_own", own)):
         of_plain = _divergences(job, *plain, frozen, _unprompted(asked))
         found |= _shares(name, of_plain, _divergences(job, *distilled, frozen, asked))
+        if gists.places(student):
+            found |= _shares(f"{name}_swapped", of_plain, _divergences(job, *distilled, frozen, _swapped(asked)))
     if job.config.answers.behaviour:
         said = {"prompted": held, "unprompted": _answered(job, *plain, _unprompted(held)), "distilled": own}
         found["behaviour"] = {who: _rate(job, answers) for who, answers in said.items()}
@@ -62,6 +65,16 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
 def _unprompted(examples: Sequence[Asked]) -> list[Asked]:
     """Return the examples as a model without prompt and gist sees them."""
     return [replace(one, student=one.unprompted) for one in examples]
+
+
+def _swapped(examples: Sequence[Asked]) -> list[Asked]:
+    """Return the examples, each behind the prompt and gist of one that stands half of all away."""
+    heads = [one.student[: len(one.student) - len(one.unprompted)] for one in examples]
+    half = len(heads) // 2
+    return [
+        replace(one, student=[*head, *one.unprompted])
+        for one, head in zip(examples, heads[half:] + heads[:half], strict=True)
+    ]
 
 
 def shares(distilled_P: np.ndarray, unprompted_P: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:

@@ -1,0 +1,77 @@
+"""What a trained gist recovers of prompts never seen, and what it saves: configs/gist.py, run once.
+
+COMMAND: python -m benchmarks.gist          (about 8 minutes on 1 CPU core)
+
+The row goes to benchmarks/results/gist.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import harness
+from kdjax import config as configs
+from kdjax.console import count, percent, small
+from kdjax.train import train
+
+RESULTS = harness.RESULTS / "gist.jsonl"
+RECIPE = harness.ROOT / "configs" / "gist.py"
+
+SHARES = ("recovered", "recovered_swapped", "recovered_own", "recovered_own_swapped")
+FIGURES = ("kl_before", "kl_after", *SHARES, *(f"{name}_interval" for name in SHARES), "recovered_prompts", "saved")
+FIGURES += ("parameters_trained", "train_documents", "steps", "seconds", "held_out_sha256")
+"""What of summary.json a row has."""
+
+
+def measure(steps: int, directory: Path) -> harness.Row:
+    """Return the figures of the recipe, trained for so many steps (0: its own) in an empty directory."""
+    config = configs.load(str(RECIPE))
+    config = replace(config, steps=steps or config.steps)
+    summary = train(config, directory)
+    return {"places": config.student.gist} | {key: summary[key] for key in FIGURES}
+
+
+def markdown(rows: Sequence[harness.Row]) -> str:
+    """Return the table of docs/prompts.md."""
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.gist` writes the figures that stand here."
+    lines = ["| places | steps | KL before → after | recovered | behind another prompt's gist | on its own answers |"]
+    lines += ["|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES[:3]]
+        cells = [str(row["places"]), count(row["steps"]), f"{small(row['kl_before'])} → {small(row['kl_after'])}"]
+        lines.append(f"| {' | '.join([*cells, *shares])} |")
+    last, here = rows[-1], rows[-1]["environment"]
+    saved = last["saved"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"KL in nats a token, shares with their 95 % interval over {last['recovered_prompts']} prompts of modules "
+            f"never trained on; {count(last['train_documents'])} training passages. A request is "
+            f"{count(saved['prompt_tokens'])} tokens shorter and its cache {saved['cache_bytes'] / 1e6:.1f} MB smaller. "
+            f"{count(last['seconds'])} seconds. {here['device']} ({here['platform']}); python {here['python']}, jax "
+            f"{here['jax']}; commit {here.get('commit')}; held-out text SHA-256 `{last['held_out_sha256'][:16]}`.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the recipe, and add a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="0: the recipe's")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs") / "gist_benchmark", metavar="DIR")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
+    options = parser.parse_args(arguments)
+    environment = harness.environment()
+    row = measure(options.steps, options.run_dir) | {"environment": environment}
+    harness.append(options.results, [row])
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
