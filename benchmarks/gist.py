@@ -39,7 +39,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     """Return the table of docs/prompts.md."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.gist` writes the figures that stand here."
-    lines = ["| places | steps | KL before → after | recovered | behind another prompt's gist | on its own answers |"]
+    lines = ["| places | steps | KL before → after | recovered | behind another's gist | on its own answers |"]
     lines += ["|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES[:3]]

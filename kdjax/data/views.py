@@ -49,7 +49,8 @@ def load_views(config: DataConfig, gist: int = 0) -> Views | None:
     """
     if not config.has_views:
         return None
-    return Views(*(_template(name, getattr(config, name)) for name in ("student_view", "teacher_view")), gist)
+    student, teacher = (_template(name, getattr(config, name)) for name in ("student_view", "teacher_view"))
+    return Views(student, teacher, gist)
 
 
 def _template(name: str, text: str) -> str:
