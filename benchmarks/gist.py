@@ -53,7 +53,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             "",
             f"KL in nats a token, shares with their 95 % interval over {last['recovered_prompts']} prompts of modules "
             f"never trained on; {count(last['train_documents'])} training passages. A request is "
-            f"{count(saved['prompt_tokens'])} tokens shorter and its cache {saved['cache_bytes'] / 1e6:.1f} MB smaller. "
+            f"{count(saved['prompt_tokens'])} tokens shorter, its cache {saved['cache_bytes'] / 1e6:.1f} MB smaller. "
             f"{count(last['seconds'])} seconds. {here['device']} ({here['platform']}); python {here['python']}, jax "
             f"{here['jax']}; commit {here.get('commit')}; held-out text SHA-256 `{last['held_out_sha256'][:16]}`.",
         ]

@@ -39,5 +39,5 @@ def get_config() -> Config:
         steps=40,
         batch_size=2,
         eval_every=0,
-        notes=('Next: kdjax generate runs/gist --compress @README.md --prompt "This means that"',),
+        notes=('Next: kdjax generate runs/gist --compress @FILE --prompt " It is"',),
     )

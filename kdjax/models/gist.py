@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax.errors import UserError
@@ -81,7 +80,6 @@ def compressed(model: Model, params: Tree, prompts: Sequence[Sequence[int]]) -> 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _compressed(model: Model, count: int, params: Tree, view: View) -> Prefix:
-    view = jax.tree.map(jnp.asarray, view)
     cache = model.apply(params, view, cache=model.empty_cache(*view.tokens_BT.shape)).cache
     return Prefix(*(x_LBSGK[:, :, -count:] for x_LBSGK in cache.own))
 
