@@ -39,10 +39,11 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     """Return the table of docs/prompts.md."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.gist` writes the figures that stand here."
-    lines = ["| places | steps | KL before → after | recovered | behind another's gist | on its own answers |"]
-    lines += ["|--:|--:|--:|--:|--:|--:|"]
+    heads = ["places", "steps", "KL before → after", "recovered", "behind another's gist", "on its own answers"]
+    heads.append("these behind another's gist")
+    lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
     for row in rows:
-        shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES[:3]]
+        shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES]
         cells = [str(row["places"]), count(row["steps"]), f"{small(row['kl_before'])} → {small(row['kl_after'])}"]
         lines.append(f"| {' | '.join([*cells, *shares])} |")
     last, here = rows[-1], rows[-1]["environment"]
