@@ -124,7 +124,7 @@ class Config:
         of = self.teacher
         if of and (of.trained or of.lora.rank or of.soft_prompt.tokens or of.gist):
             raise UserError(
-                "teacher.trained, teacher.lora, teacher.soft_prompt or teacher.gist is set, but a teacher is not "
+                "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
                 "trained; set the student's"
             )
 

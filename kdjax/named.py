@@ -160,10 +160,9 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
         student.file.check_plain()
     if not student.is_whole or student.spec.gist:
         if student.file is None:
-            raise UserError(
-                "student.lora, student.trained, student.soft_prompt and student.gist want a model that can do "
-                "something, but its source is 'random'; name a model"
-            )
+            freeze = "student.lora, student.trained and student.soft_prompt freeze the rest of a model"
+            why = "student.gist compresses what a model reads" if student.is_whole else freeze
+            raise UserError(f"{why}, but its source is 'random'; name a model")
         lora.check(student.spec, student.file.tensors)
     return student, teacher
 

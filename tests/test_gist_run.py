@@ -148,9 +148,9 @@ def test_one_that_cannot_be_trained_is_refused(made, base):
         seen(teacher_view="")
     with pytest.raises(UserError, match="student.gist is 2 and student.soft_prompt.tokens is 1; wanted one of both"):
         replace(made, student=replace(made.student, soft_prompt=SoftPrompt(1), lora=Lora()))
-    with pytest.raises(UserError, match="teacher.gist is set, but a teacher is not trained"):
+    with pytest.raises(UserError, match="teacher.gist or teacher.soft_prompt is set, but a teacher is not trained"):
         replace(made, teacher=ModelSpec(source="x", gist=2))
     random = replace(made, student=replace(made.student, source="random", lora=Lora()))
-    refused(random, "student.gist want a model that can do something, but its source is 'random'; name a model")
+    refused(random, "student.gist compresses what a model reads, but its source is 'random'; name a model")
     with pytest.raises(UserError, match="has no gist to compress a prompt to; train one with student.gist"):
         list(generate_texts(str(base), ["?"], max_new_tokens=1, compress="cab"))
