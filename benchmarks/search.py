@@ -1,9 +1,9 @@
-"""What the recipe of prompt search finds: the winner, and what one would have had without a search.
+"""What the recipes of prompt search find, one for each task: the winner, and what one would have had without a search.
 
-COMMAND: python -m benchmarks.search          (about 5 minutes on 2 CPU cores)
+COMMAND: python -m benchmarks.search          (of each recipe about 5 minutes on 2 CPU cores)
 
-The row is written to benchmarks/results/search.jsonl, anew each time; `python -m benchmarks.readme` puts it into
-docs/search.md.
+A recipe without a row in benchmarks/results/search.jsonl is run, those with one only where they are named; a search
+that was stopped goes on. `python -m benchmarks.readme` puts the rows into docs/search.md.
 """
 
 from __future__ import annotations
@@ -20,29 +20,44 @@ from kdjax.prompts.config import PromptsConfig
 from kdjax.search import search
 
 RESULTS = harness.RESULTS / "search.jsonl"
-RECIPE = harness.ROOT / "configs" / "prompt_search.py"
+RECIPES = {
+    "prompt_search": "classification",
+    "prompt_question_answering": "question_answering",
+    "prompt_summarising": "summarising",
+    "prompt_generation": "generation",
+}
+"""Recipes in configs/ and the task of each, by which its row is known."""
 
 
 def markdown(rows: Sequence[harness.Row]) -> str:
-    """Return the table of the last row, and what it was measured on."""
-    if not rows:
-        return "Not measured yet: `python -m benchmarks.search` writes the figures that stand here."
-    found = rows[-1]
+    """Return of each recipe the table of its row, and what it was measured on."""
+    of_task = {row["task"]: row for row in rows}
+    return "\n\n".join(
+        f"### {task.replace('_', ' ').capitalize()}: `configs/{recipe}.py`\n\n{_table(recipe, of_task.get(task))}"
+        for recipe, task in RECIPES.items()
+    )
+
+
+def _table(recipe: str, found: harness.Row | None) -> str:
+    if found is None:
+        return f"Not measured yet: `python -m benchmarks.search {recipe}` writes the figures that stand here."
     lines = [f"| | {found['measure']} | the winner's gain over it |", "|:--|--:|--:|"]
     for key, name in PROMPTS.items():
         if key in found["test"]:
             gain = _interval(found["gains"][key]) if key in found["gains"] else ""
             lines.append(f"| {name} | {_interval(found['test'][key])} | {gain} |")
     best, spent, tokens, environment = (found[name] for name in ("best", "evaluations", "tokens", "environment"))
+    corpus = "".join(f" {name} of its answers is {amount(value)}." for name, value in found["corpus"].items())
+    text = " ".join(best["text"].split())
     lines += [
         "",
         f"Means and 95 % intervals (bootstrap) over {found['examples']['test']} unseen examples, one search. The "
-        f'winner of {found["candidates"]} candidates is "{best["text"]}" with {best["shots"]} worked examples. It was '
+        f'winner of {found["candidates"]} candidates is "{text}" with {best["shots"]} worked examples. It was '
         f"selected with {amount(found['selection']['score'])} over {found['selection']['examples']} examples: a gap of "
-        f"{amount(found['gap'])}.",
+        f"{amount(found['gap'])}.{corpus}",
         "",
         f"The search took {spent['select']:,} evaluations of {tokens['select']:,} tokens, selecting examples alone "
-        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; {environment['device']}, "
+        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; {found['seconds']:.0f} s; {environment['device']}, "
         f"{environment['cpu_cores']} CPU core(s); jax {environment['jax']}; commit {environment.get('commit', '?')}.",
     ]
     return "\n".join(lines)
@@ -52,14 +67,26 @@ def _interval(found: dict[str, float]) -> str:
     return f"{amount(found['score'])} ({amount(found['low'])} to {amount(found['high'])})"
 
 
+def missing(rows: Sequence[harness.Row]) -> list[str]:
+    """Return the recipes without a row."""
+    measured = {row["task"] for row in rows}
+    return [recipe for recipe, task in RECIPES.items() if task not in measured]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe, or go on with it, and write its row."""
+    """Run the recipes, or go on with them, and write the row of each in the place of the one it had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/prompt_search"))
+    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}; none: those without a row")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds the run directory of each recipe")
     options = parser.parse_args(arguments)
-    found = search(configs.load(str(RECIPE), PromptsConfig), options.run_dir)
-    RESULTS.write_text(json.dumps({"what": "search"} | found) + "\n", "utf-8")
-    print(markdown([found]))
+    if unknown := set(options.recipes) - set(RECIPES):
+        parser.error(f"unknown recipe {min(unknown)!r}; known: {', '.join(RECIPES)}")
+    for recipe in options.recipes or missing(harness.read(RESULTS)):
+        config = configs.load(str(harness.ROOT / "configs" / f"{recipe}.py"), PromptsConfig)
+        found = {"what": "search"} | search(config, options.runs / recipe)
+        rows = [row for row in harness.read(RESULTS) if row["task"] != config.task]
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*rows, found]), "utf-8")
+        print(markdown([found]))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ ROOT = Path(__file__).parents[1]
 OTHERS = {
     "effect": ("effect", EffectConfig),
     "prompt_search": ("prompts", PromptsConfig),
+    "prompt_generation": ("prompts", PromptsConfig),
+    "prompt_question_answering": ("prompts", PromptsConfig),
+    "prompt_summarising": ("prompts", PromptsConfig),
     "prompt_pipeline": ("pipeline", PipelineConfig),
 }
 """Recipes of other commands than train: name -> command, kind of config."""
