@@ -30,6 +30,7 @@ from benchmarks import (
     models,
     prompt_distill,
     prompts,
+    screening,
     search,
     soft_prompts,
     students,
@@ -44,6 +45,7 @@ GENERATION = ROOT / "docs" / "generation.md"
 MEMORY = ROOT / "docs" / "memory.md"
 PROMPTS = ROOT / "docs" / "prompts.md"
 SEARCH = ROOT / "docs" / "search.md"
+CASE_STUDY = ROOT / "docs" / "case-study.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -195,6 +197,11 @@ SEARCH_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of prompt search."""
 
+CASE_STUDY_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "screening": lambda results: screening.markdown(harness.read(results / "screening.jsonl")),
+}
+"""The same for the case study."""
+
 
 def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results: Path = RESULTS) -> str:
     """Return a page with the blocks made anew that it has markers for."""
@@ -217,6 +224,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     MEMORY: partial(render_page, MEMORY_BLOCKS),
     PROMPTS: partial(render_page, PROMPT_BLOCKS),
     SEARCH: partial(render_page, SEARCH_BLOCKS),
+    CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
 }
 
 
