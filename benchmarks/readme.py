@@ -24,6 +24,7 @@ from benchmarks import (
     gist,
     harness,
     kinds,
+    knowledge,
     loss_compiled,
     loss_table,
     memory,
@@ -198,6 +199,7 @@ SEARCH_BLOCKS: dict[str, Callable[[Path], str]] = {
 """The same for the page of prompt search."""
 
 CASE_STUDY_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "knowledge": lambda results: knowledge.markdown(harness.read(results / "knowledge.jsonl")),
     "screening": lambda results: screening.markdown(harness.read(results / "screening.jsonl")),
 }
 """The same for the case study."""

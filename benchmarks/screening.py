@@ -1,6 +1,7 @@
 """Which tasks a small model gains from worked examples on: zero-shot and few-shot, with and without calibration.
 
-COMMAND: python -m benchmarks.screening          (run again to go on; --tasks takes a part of it)
+COMMAND: python -m benchmarks.screening       (about 75 minutes on a CPU core; run again to go on)
+         python -m benchmarks.screening --tasks "line compiles"       (a part of it)
 
 A row of benchmarks/results/screening.jsonl is one task, number of worked examples and draw of them.
 `python -m benchmarks.readme` puts the table into docs/case-study.md.
@@ -9,7 +10,10 @@ A row of benchmarks/results/screening.jsonl is one task, number of worked exampl
 from __future__ import annotations
 
 import argparse
-import builtins
+import ast
+import inspect
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +38,7 @@ LETTERS = 100
 """Of an input, at most."""
 
 Pairs = list[tuple[str, str]]
+"""Inputs with their answers."""
 
 
 def first_lines() -> list[tuple[str, str, str]]:
@@ -59,26 +64,31 @@ def _module() -> Pairs:
 
 def _belongs() -> Pairs:
     rows = [(name.rpartition(".")[2], line) for name, line, kind in first_lines() if kind == "function"]
-    other = Random(1).sample(rows, len(rows))
-    true = [(f"{name}: {line}", "yes") for name, line in rows[::2]]
-    return true + [(f"{name}: {line}", "no") for (name, own), (_, line) in zip(rows, other, strict=True) if own != line]
-
-
-def _builtin() -> Pairs:
-    found = [(name, getattr(builtins, name)) for name in dir(builtins) if not name.startswith("_")]
-    return [
-        (name, "exception" if isinstance(value, type) and issubclass(value, BaseException) else "function")
-        for name, value in found
-        if callable(value)
+    rows = Random(1).sample(rows, len(rows))
+    half = len(rows) // 2
+    others = rows[half + 1 :] + rows[half : half + 1]
+    true = [(f"{name}: {line}", "yes") for name, line in rows[:half]]
+    return true + [
+        (f"{name}: {line}", "no")
+        for (name, own), (other, line) in zip(rows[half:], others, strict=True)
+        if name != other and line != own
     ]
 
 
+def _exception() -> Pairs:
+    rows = ((name.rpartition(".")[2], line) for name, line, kind in first_lines() if kind == "class")
+    return [(line, "error" if name.endswith(("Error", "Exception")) else "other") for name, line in rows]
+
+
 def _valid() -> Pairs:
-    lines = {line.strip() for line in Path(argparse.__file__).read_text("utf-8").splitlines()}
-    rows: Pairs = []
-    for line in sorted(line for line in lines if "(" in line and 15 < len(line) < 70 and _compiles(line)):
-        broken = line.replace(")", "", 1)
-        rows += [(line, "yes")] if len(rows) % 2 else [(broken, "yes" if _compiles(broken) else "no")]
+    """Return lines of some modules as they are, or with one sign left out at random so that they do not compile."""
+    text = "\n".join(inspect.getsource(module) for module in (argparse, ast, json, shutil))
+    lines = sorted({line.strip() for line in text.splitlines()})
+    rng, rows = Random(1), Pairs()
+    for line in (line for line in lines if 15 < len(line) < 70 and "(" in line and _compiles(line)):
+        at = rng.choice([place for place, letter in enumerate(line) if not letter.isalnum() and letter != " "])
+        broken = line[:at] + line[at + 1 :]
+        rows.append((broken, "no") if len(rows) % 2 and not _compiles(broken) else (line, "yes"))
     return rows
 
 
@@ -95,7 +105,10 @@ SCREENED: dict[str, tuple[str, Callable[[], Pairs]]] = {
     "kind, by name": ("Is this the name of a module, a class or a function in Python?", _name_kind),
     "package, by docstring": ("Which Python package is this text from: asyncio, email, tkinter or unittest?", _module),
     "text belongs to name": ("Does the text describe the function of that name? Answer yes or no.", _belongs),
-    "exception or function": ("Is this Python builtin an exception or a function?", _builtin),
+    "error or other class, by docstring": (
+        "Is the class that this documents an error? Say error or other.",
+        _exception,
+    ),
     "line compiles": ("Is this line valid Python? Answer yes or no.", _valid),
 }
 """Name of a task -> instruction and all its inputs with answers."""
@@ -173,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     progress = harness.Progress(sum(1 + case[1] for case in left), None)
     for case in left:
         began = time.monotonic()
-        row = measure(speaker, *case, options.tests) | {"environment": environment}
+        row: harness.Row = measure(speaker, *case, options.tests) | {"environment": environment}
         harness.append(options.results, [row | {"seconds": time.monotonic() - began}])
         said = f"{case}: {np.mean(row['plain']):.2f}, calibrated {np.mean(row['calibrated']):.2f}"
         progress.advance(1 + case[1], said)

@@ -21,7 +21,7 @@ from kdjax.config import Config, differences_of
 from kdjax.console import duration
 from kdjax.data import DataConfig, Question
 from kdjax.errors import UserError
-from kdjax.generate import check_prompts, generate
+from kdjax.generate import check_prompts, generate, settled
 from kdjax.metrics import write_json
 from kdjax.named import Named, models
 from kdjax.sharding import placement
@@ -150,6 +150,7 @@ def _more(
     dropped = Counter(progress["dropped"])
     for question, ids in zip(batch, said, strict=True):
         thoughts, answer = _parted(tokenizer.decode(ids).rstrip(), own.scratchpad)
+        answer = settled(answer, own.stop, is_over=True)[0]
         if not answer.strip():
             dropped["without an answer"] += 1
             continue

@@ -65,6 +65,8 @@ class AnswersConfig:
     """Tokens of an answer, at most."""
     sampling: Sampling = Sampling(temperature=1.0)
     """How the teacher's tokens and the student's are chosen."""
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer of the teacher ends, for models that do not end it themselves."""
     scratchpad: str = ""
     """A text with which the teacher ends its thoughts, `Answer:` for example: what it wrote up to there becomes the
     column `scratchpad`, for the teacher's view; what follows is the answer. Others are dropped (arXiv:2209.15189)."""
@@ -81,6 +83,8 @@ class AnswersConfig:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"answers.{name} is {getattr(self, name)}; wanted at least {least}")
+        if "" in self.stop:
+            raise UserError(f"answers.stop is {self.stop}; wanted texts that are not empty")
         if self.student_share > 1:
             raise UserError(f"answers.student_share is {self.student_share}; wanted from 0 to 1")
         self.sampling.check()

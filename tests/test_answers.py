@@ -50,6 +50,20 @@ def test_they_are_what_the_teacher_says_behind_its_prompt(asked, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_answer_ends_before_a_stop(asked, tmp_path):
+    write_answers(asked, tmp_path)
+    whole = {row["prompt"]: row["answer"] for row in read(tmp_path)}
+    (end, *_) = [text[2] for text in whole.values() if len(text) > 2]
+    (tmp_path / "cut").mkdir()
+    write_answers(replace(asked, answers=replace(asked.answers, stop=(end,))), tmp_path / "cut")
+    cut = {prompt: text.partition(end)[0] for prompt, text in whole.items()}
+    assert {row["prompt"]: row["answer"] for row in read(tmp_path / "cut")} == {
+        prompt: text for prompt, text in cut.items() if text.strip()
+    }
+    assert cut != whole
+
+
+@pytest.mark.slow
 def test_sampling_that_was_stopped_goes_on_to_the_same_file(asked, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()

@@ -30,8 +30,9 @@ class DataConfig:
     """The text to train on, how it is cut into rows, and what is held out."""
 
     sources: tuple[str, ...] = ("python_docs",)
-    """Where examples come from: `python_docs`, `python_questions`, `python_passages`, `text:PATH`, `jsonl:PATH`,
-    `parquet:PATH` (a PATH may be a glob), `tfds:NAME_OR_DIRECTORY` or `tfds:NAME_OR_DIRECTORY@SPLIT`."""
+    """Where examples come from: `python_docs`, `python_questions`, `python_passages`, `invented` or `invented:SEED`
+    (towns that do not exist), `text:PATH`, `jsonl:PATH`, `parquet:PATH` (a PATH may be a glob),
+    `tfds:NAME_OR_DIRECTORY` or `tfds:NAME_OR_DIRECTORY@SPLIT`."""
     weights: tuple[float, ...] = ()
     """Share of the examples drawn from each source; empty takes all examples together, each once an epoch."""
     tokenizer: str = ""

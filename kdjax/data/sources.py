@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.data.invented import facts
 from kdjax.data.python_docs import documents, passages, questions
 from kdjax.errors import UserError, did_you_mean
 
@@ -63,6 +64,13 @@ def _installed(name: str, rows_of: Callable[[], Sequence[Record]], argument: str
         raise UserError(f"data source {name} takes no argument, got {argument!r}")
     rows = rows_of()
     return Source(name, len(rows), lambda i: rows[i], lambda i: f"{name} {rows[i]['id']}")
+
+
+def _invented(argument: str) -> Source:
+    if not argument.isdecimal() and argument:
+        raise UserError(f"data source invented:{argument} has no such seed; write invented, or invented:7 for another")
+    rows = facts(int(argument or 0))
+    return Source("invented", len(rows), lambda i: rows[i], lambda i: f"invented {rows[i]['id']}")
 
 
 def _files(kind: str, argument: str) -> list[Path]:
@@ -184,6 +192,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {
     "python_docs": partial(_installed, "python_docs", documents),
     "python_questions": partial(_installed, "python_questions", questions),
     "python_passages": partial(_installed, "python_passages", passages),
+    "invented": _invented,
     "text": lambda argument: _mapped("text", argument, _text_rows, lambda text: {"text": text.strip()}),
     "jsonl": lambda argument: _mapped("jsonl", argument, _json_rows, _json_object),
     "parquet": _parquet,
