@@ -203,6 +203,7 @@ CUT = (
 )
 
 
+@pytest.mark.slow
 def test_a_pretrained_run_teaches_a_student_cut_from_it(here, pretrained, cli):
     out, _ = cli("train", "alone.py", "--run-dir", "runs/cut", *CUT)
     assert "KL to teacher" in out

@@ -55,6 +55,7 @@ def made(config, base, tmp_path_factory):
     return replace(made, prompt="", objective=replace(made.objective, alpha=0.0), answers=answers)
 
 
+@pytest.mark.slow
 def test_the_adapters_and_the_vectors_alone_are_trained(made):
     job = build(made)
     state, frozen, batch = job.start(), job.frozen(), next_batch(job)

@@ -208,13 +208,16 @@ def test_the_load_balance_of_microbatches_counts_by_their_real_tokens():
     np.testing.assert_allclose(metrics["loss"] - without, (0.1 - 0.001) * wanted, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["data 2, fsdp 2, tensor 2", "pmap, 2 microbatches"])
+@pytest.mark.parametrize(
+    "name", ["data 2, fsdp 2, tensor 2", pytest.param("pmap, 2 microbatches", marks=pytest.mark.slow)]
+)
 def test_trap_27_dropout_is_drawn_by_global_row(name, alone):
     logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=0.2))
     _close((logged, params), alone[0.2])
     assert abs(logged[0]["loss"] - alone[0.0][0][0]["loss"]) > 1e-4, "dropout is on"
 
 
+@pytest.mark.slow
 def test_trap_27_rows_and_steps_draw_differently():
     """Equal rows in one batch, and the same batch in two steps, get different masks."""
     recipe = _recipe(student=replace(STUDENT, dropout=0.5), optimizer=optax.sgd(0.0))
@@ -388,6 +391,7 @@ def test_losses_of_inner_layers_are_means_over_their_own_tokens():
     assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_inner_layers_of_a_copy_of_the_teacher_start_at_zero():
     recipe = _recipe(student=TEACHER, objective=replace(INNER, features=tuple(_last(f) for f in INNER.features)))
     _, metrics = _gradient(recipe, _uneven_batch(), _init(Model(TEACHER), 2))

@@ -87,11 +87,13 @@ def test_a_run_ended_by_signals_goes_on_bit_by_bit(whole, ended):
     assert [row["step"] for row in rows(whole) if "eval_kl" in row] == [*range(0, STEPS, 40), STEPS]
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_signals_ends_with_the_same_parameters(whole, ended):
     parameters = [open_params(directory, STEPS).params for directory in (whole, ended[0])]
     jax.tree.map(np.testing.assert_array_equal, *parameters)
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_signals_has_the_same_summary(whole, ended):
     taken = ("seconds", "tokens_per_second_train", "tokens_per_second_student", "tokens_per_second_teacher")
     ours, theirs = (
@@ -103,6 +105,7 @@ def test_a_run_ended_by_signals_has_the_same_summary(whole, ended):
     assert set(ours["continuations"]) == {"teacher", "student before", "student after"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_so_in_one_line(ended):
     directory, ((_, killed), (_, terminated), (_, interrupted), (_, last)) = ended
     assert killed == ""
@@ -116,6 +119,7 @@ def test_a_stopped_run_says_so_in_one_line(ended):
     ]
 
 
+@pytest.mark.slow
 def test_seconds_add_up_over_the_processes_of_a_run(ended):
     directory, _ = ended
     steps = sum(row.get("seconds", 0) for row in rows(directory, times=True))

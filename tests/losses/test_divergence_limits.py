@@ -186,6 +186,7 @@ def test_what_a_tail_bucket_bounds():
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(BUCKETS), st.integers(0, 2**31), st.integers(1, 29), st.floats(0.01, 6), st.floats(0.01, 6))
 def test_buckets_bound_from_below(name, seed, kept, student_scale, teacher_scale):

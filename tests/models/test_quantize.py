@@ -25,7 +25,7 @@ CONFIGS = {
     "widths that no group divides": replace(SMALL, width=40, head_width=10, mlp_width=36),
 }
 KINDS = ("int8", "int4")
-EVERY_TIME = [("tied", "int8"), ("untied", "int8"), ("experts", "int4"), ("widths that no group divides", "int4")]
+EVERY_TIME = [("tied", "int8"), ("untied", "int8"), ("experts", "int4")]
 REST = [each for each in itertools.product(CONFIGS, KINDS) if each not in EVERY_TIME]
 
 
@@ -127,6 +127,7 @@ def test_the_same_numbers_lie_on_a_mesh(mesh, kind):
     assert shard.size * 8 == np.prod([2, 4, 96, 64])
 
 
+@pytest.mark.slow
 def test_what_is_kept_takes_a_quarter_to_an_eighth_of_the_bytes():
     params = drawn(replace(SMALL, width=256, mlp_width=768, head_width=64, layers=3))
     whole = byte_count(params["layers"])
