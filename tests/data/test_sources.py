@@ -68,7 +68,7 @@ def test_a_bad_row_is_named(tmp_path, kind, content, message):
         ("jason:x", "unknown data source 'jason:x'; did you mean 'jsonl'"),
         (
             "data.csv",
-            "unknown data source 'data.csv'; known: invented, jsonl, parquet, python_docs, python_passages, python_questions",
+            "unknown data source 'data.csv'; known: invented, jsonl, parquet, python_docs, python_passages",
         ),
         ("jsonl:/nowhere/*.x", "names no file; write jsonl:PATH"),
         ("text:", "names no file"),
