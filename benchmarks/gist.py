@@ -46,8 +46,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES]
         cells = [str(row["places"]), count(row["steps"]), f"{small(row['kl_before'])} → {small(row['kl_after'])}"]
         lines.append(f"| {' | '.join([*cells, *shares])} |")
-    last, here = rows[-1], rows[-1]["environment"]
-    saved = last["saved"]
+    last, saved = rows[-1], rows[-1]["saved"]
     return "\n".join(
         [
             *lines,
@@ -55,8 +54,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             f"KL in nats a token, shares with their 95 % interval over {last['recovered_prompts']} prompts of modules "
             f"never trained on; {count(last['train_documents'])} training passages. A request is "
             f"{count(saved['prompt_tokens'])} tokens shorter, its cache {saved['cache_bytes'] / 1e6:.1f} MB smaller. "
-            f"{count(last['seconds'])} seconds. {here['device']} ({here['platform']}); python {here['python']}, jax "
-            f"{here['jax']}; commit {here.get('commit')}; held-out text SHA-256 `{last['held_out_sha256'][:16]}`.",
+            f"{count(last['seconds'])} seconds. {harness.measured_on(last['environment'])}; held-out "
+            f"text SHA-256 `{last['held_out_sha256'][:16]}`.",
         ]
     )
 

@@ -191,6 +191,12 @@ def environment() -> Row:
     return found
 
 
+def measured_on(environment: Row) -> str:
+    """Return on what a row was measured, for below its table."""
+    here, commit = environment, environment.get("commit")
+    return f"{here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; commit {commit}"
+
+
 def _cpu_model() -> str | None:
     path = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", path.read_text(), re.M) if path.exists() else []

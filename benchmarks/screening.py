@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -115,9 +116,12 @@ SCREENED: dict[str, tuple[str, Callable[[], Pairs]]] = {
 
 
 def balanced(pairs: Pairs) -> list[Example]:
-    """Return as many examples of each label, in an order in which labels take turns."""
-    shuffled = Random(0).sample(sorted(set(pairs)), len(set(pairs)))
-    by = {label: [Example(*pair) for pair in shuffled if pair[1] == label] for label in sorted({p[1] for p in pairs})}
+    """Return as many examples of each label, in turns; an input that has two labels is left out."""
+    times = Counter(given for given, _ in set(pairs))
+    clear = sorted(pair for pair in set(pairs) if times[pair[0]] == 1)
+    by: dict[str, list[Example]] = {label: [] for label in sorted({label for _, label in clear})}
+    for given, label in Random(0).sample(clear, len(clear)):
+        by[label].append(Example(given, label))
     return [example for group in zip(*by.values(), strict=False) for example in group]
 
 

@@ -88,17 +88,15 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         lines.append(
             f"| {' | '.join([*cells, percent(row['recovered_own']), percent(row['behaviour']['distilled'])])} |"
         )
-    last, here = rows[-1], rows[-1]["environment"]
-    said = last["behaviour"]
+    last, said = rows[-1], rows[-1]["behaviour"]
     return "\n".join(
         [
             *lines,
             "",
             f"KL in nats a token, recovered with its 95 % interval over {last['recovered_prompts']} unseen prompts; "
             f"{last['steps']} steps each. What the prompt asks for is in {percent(said['prompted'])} of the "
-            f"prompted teacher's answers and {percent(said['unprompted'])} of the unprompted one's. {here['device']} "
-            f"({here['platform']}); python {here['python']}, jax {here['jax']}; commit {here.get('commit')}; held-out "
-            f"text SHA-256 `{last['held_out_sha256'][:16]}`.",
+            f"prompted teacher's answers and {percent(said['unprompted'])} of the unprompted one's. "
+            f"{harness.measured_on(last['environment'])}; held-out text SHA-256 `{last['held_out_sha256'][:16]}`.",
         ]
     )
 

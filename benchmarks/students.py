@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -102,12 +101,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 
 def _measured_on(row: harness.Row) -> str:
-    here: dict[str, Any] = row["environment"]
     return (
         f"{row['teacher']}, on {row['tokens']:,.0f} held-out tokens of `python_docs` with SHA-256 "
         f"`{row['held_out_sha256'][:16]}`; importance on {ROWS * TOKENS:,} tokens of its training text; *random* is "
-        f"one draw. {here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; commit "
-        f"{here.get('commit')}."
+        f"one draw. {harness.measured_on(row['environment'])}."
     )
 
 

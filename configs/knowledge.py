@@ -3,7 +3,7 @@
 COMMAND:  kdjax train configs/knowledge.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
 TIME:     about 15 minutes (estimated) once the model (93 MB) is fetched
-RESULT:   questions about the towns answered without the documents, in wordings never trained on: docs/case-study.md
+RESULT:   what is answered without the documents, in wordings never trained on: docs/case-study.md
 PAPER:    Kujanpää et al., arXiv:2412.14964
 """
 

@@ -2,7 +2,7 @@
 
 COMMAND:  kdjax prompts configs/prompt_search.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     about 5 minutes of one core once the model (93 MB) is fetched
+TIME:     about 15 minutes of one core once the model (93 MB) is fetched
 RESULT:   a prompt clearly better than a candidate at random, and as good as worked examples selected alone (figures:
           docs/search.md)
 """

@@ -121,8 +121,8 @@ class Config:
             )
         if self.student.quantize != "none":
             raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
-        of = self.teacher
-        if of and (of.trained or of.lora.rank or of.soft_prompt.tokens or of.gist):
+        teacher = self.teacher
+        if teacher and (teacher.trained or teacher.lora.rank or teacher.soft_prompt.tokens or teacher.gist):
             raise UserError(
                 "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
                 "trained; set the student's"

@@ -20,7 +20,7 @@ from kdjax.models import Cache, Model, Prefix, bare, compressed, prefix_of
 from kdjax.models import gist as gists
 from kdjax.models.soft_prompt import slots
 from kdjax.sampling import Sampling, choose
-from kdjax.shapes import Array, View
+from kdjax.shapes import Array, View, left_padded
 
 PROMPT_UNIT = 32
 """Prompts are padded to a multiple of this, and what they share is cut to one, so that few lengths are compiled."""
@@ -101,12 +101,12 @@ def stream(
     params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(len(prompts)))
     if model.config.encoder_layers:
-        start = _left_padded([[model.config.start_token]] * len(prompts), unit=1)
-        view = replace(start, encoder=_left_padded(prompts))
+        start = left_padded([[model.config.start_token]] * len(prompts), unit=1)
+        view = replace(start, encoder=left_padded(prompts, PROMPT_UNIT))
     else:
         shared = _shared(model, prompts)
         prefix = prefix_of(model, params, shared, prefix) if shared else prefix
-        view = _left_padded([prompt[len(shared) :] for prompt in prompts])
+        view = left_padded([prompt[len(shared) :] for prompt in prompts], PROMPT_UNIT)
     how = model, sampling, tuple(eos_ids)
     state = _prefill(*how, max_new_tokens, params, view, prefix, keys_B)
     new_BN, is_over_B, number = np.asarray(state.token_B)[:, None], np.zeros(len(prompts), bool), 1
@@ -171,17 +171,6 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
             )
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], unit: int = PROMPT_UNIT) -> View:
-    """Return the prompts ending in the same column, padding (segment 0) before them."""
-    width = _padded(max(map(len, prompts)), unit)
-    tokens_BT, segment_BT, position_BT = (np.zeros((len(prompts), width), np.int32) for _ in range(3))
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, -len(prompt) :] = prompt
-        segment_BT[row, -len(prompt) :] = 1
-        position_BT[row, -len(prompt) :] = np.arange(len(prompt))
-    return View(tokens_BT, segment_BT, position_BT)
-
-
 def _shared(model: Model, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     """Return what several prompts all begin with, a token of each left over; nothing where a model takes no prefix."""
     if len(prompts) == 1 or model.config.why_no_prefix:
@@ -190,10 +179,6 @@ def _shared(model: Model, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     differ = (n for n, token in enumerate(shortest) if any(prompt[n] != token for prompt in prompts))
     same = min(next(differ, len(shortest)), len(shortest) - 1)
     return shortest[: same // PROMPT_UNIT * PROMPT_UNIT]
-
-
-def _padded(length: int, unit: int = PROMPT_UNIT) -> int:
-    return -(-length // unit) * unit
 
 
 def _until_eos(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:

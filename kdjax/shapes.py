@@ -5,10 +5,12 @@ Models, data and losses never import each other; they meet here and in plain arr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from kdjax.errors import UserError
 
@@ -213,6 +215,17 @@ class Axes(NamedTuple):
     """These hold other tokens."""
     tensor: str | None = None
     """This one holds other parts of the vocabulary."""
+
+
+def left_padded(rows: Sequence[Sequence[int]], unit: int) -> View:
+    """Return token rows ending in the same column, padding (segment 0) before them to a multiple of `unit`."""
+    width = -(-max(map(len, rows)) // unit) * unit
+    tokens_BT, segment_BT, position_BT = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    for row, tokens in enumerate(rows):
+        tokens_BT[row, -len(tokens) :] = tokens
+        segment_BT[row, -len(tokens) :] = 1
+        position_BT[row, -len(tokens) :] = np.arange(len(tokens))
+    return View(tokens_BT, segment_BT, position_BT)
 
 
 def gist_places(count: int) -> list[int]:

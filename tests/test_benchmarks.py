@@ -6,6 +6,8 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import harness, loss, loss_compiled, loss_table, models, peers, prompts, readme
+from benchmarks import harness, knowledge, loss, loss_compiled, loss_table, models, peers, prompts, readme, screening
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
@@ -31,6 +33,8 @@ from benchmarks.loss_cases import (
     problem,
     with_and_without_dw,
 )
+from kdjax import config as configs
+from kdjax.data import invented
 from kdjax.losses import ObjectiveConfig
 from kdjax.models import Model, ModelConfig
 from kdjax.models.registry import FAMILIES
@@ -232,7 +236,7 @@ def test_a_page_is_filled_between_its_markers(tmp_path):
         render("<!-- loss table: begin -->")
 
 
-@pytest.mark.parametrize("page", [readme.LOSSES, readme.MODELS, readme.PROMPTS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
 def test_the_pages_show_what_was_measured(page):
     text = page.read_text()
     assert readme.PAGES[page](text) == text, "run python -m benchmarks.readme"
@@ -367,3 +371,57 @@ def test_ways_of_a_prompt_say_the_same_and_the_floor_counts_pairs(monkeypatch):
     matrices = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32)
     pairs = 64 * 40 + 64 * 65 // 2
     assert prompts.floor_operations(small, params, 40) == 4 * (2 * 64 * matrices + 4 * 2 * 16 * pairs)
+
+
+def test_knowledge_is_shown_by_the_rate_with_most_right():
+    def row(rate, accuracy):
+        share = {
+            "held_out": {"accuracy": accuracy, "interval": [0.1, 0.9]},
+            "trained": {"accuracy": 1, "interval": [1, 1]},
+        }
+        ways = dict.fromkeys(("before", "open book", "after"), share)
+        here = {"device": "cpu", "platform": "cpu", "python": "3", "jax": "1.2"}
+        known = {"split": "fact", "arm": "distilled", "rate": rate, "steps": 9, "forgetting": None}
+        return known | ways | {"environment": here}
+
+    text = knowledge.markdown([row(1e-3, 0.25), row(3e-3, 0.5)])
+    assert "| fact | distilled | 0.003 | 50.0 % (10.0 % to 90.0 %) |" in text and "25.0 %" not in text
+    assert "Learning rates tried: 0.001, 0.003" in text
+
+
+def test_a_question_is_held_out_by_its_wording_or_with_its_whole_fact():
+    config = configs.load(str(knowledge.RECIPE))
+    by = {column: replace(config, data=replace(config.data, group_field=column)) for column in ("id", "fact")}
+    held = {column: knowledge._held_out(one) for column, one in by.items()}
+    facts_of = {column: {name.rpartition(" ")[0] for name in names} for column, names in held.items()}
+    assert len(held["fact"]) == invented.WORDINGS * len(facts_of["fact"])
+    assert len(held["id"]) < invented.WORDINGS * len(facts_of["id"])
+
+
+@pytest.mark.parametrize("name", screening.SCREENED)
+def test_a_screened_task_is_balanced_and_large_enough(name):
+    examples = screening.balanced(screening.SCREENED[name][1]())
+    labels = {example.answer for example in examples}
+    assert len(examples) >= 100 + max(screening.SHOTS) and len({example.input for example in examples}) == len(examples)
+    assert len({sum(example.answer == label for example in examples) for label in labels}) == 1
+
+
+def test_lines_that_compile_are_told_by_the_compiler():
+    for text, label in screening._valid():
+        with nullcontext() if label == "yes" else pytest.raises(SyntaxError):
+            compile(text, "line", "exec")
+
+
+def test_a_task_is_used_where_its_gain_is_sure_to_be_above_five_points():
+    def rows(name, scores_of):
+        cases = [(n, draw) for n in screening.SHOTS for draw in range(screening.DRAWS if n else 1)]
+        here = {"device": "cpu", "jax": "1.2"}
+        known = {"task": name, "labels": ["a", "b"], "majority": 0.5, "environment": here}
+        return [known | {"shots": n, "draw": d, "plain": scores_of(n), "calibrated": [1] * 40} for n, d in cases]
+
+    gains, none, *_ = screening.SCREENED
+    found = [*rows(gains, lambda n: [int(n == 8)] * 40), *rows(none, lambda n: [1] * 40)]
+    used, *others = [line for line in screening.markdown(found).splitlines() if line.endswith("used |")]
+    assert gains in used and "| plain |" in used and used.endswith("| used |") and "100 % (100 to 100)" in used
+    assert len(others) == 3 and all(line.endswith("| not used |") for line in others)
+    assert "Not measured yet" in screening.markdown(found[:3])

@@ -34,6 +34,13 @@ def exported(tmp_path_factory):
     return export(SMALL, params, home / "model", home / "tokenizer" / "tokenizer.json")
 
 
+@pytest.fixture(scope="module")
+def base(exported, tmp_path_factory):
+    """A model on disk for which it matters what stood before."""
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 or len(x) == 264 else x, Model(SMALL).init(jax.random.key(0)))
+    return export(SMALL, params, tmp_path_factory.mktemp("base") / "model", exported / "tokenizer.json")
+
+
 @pytest.fixture
 def directory(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "model")

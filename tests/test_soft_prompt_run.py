@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from test_build import SMALL, config, exported, refused, taught_by  # noqa: F401
+from test_build import SMALL, base, config, exported, refused, taught_by  # noqa: F401
 from test_context import RULES, rows_of
 from test_frozen import next_batch
 
@@ -18,7 +18,7 @@ from kdjax.build import build
 from kdjax.checkpoint import open_params
 from kdjax.errors import UserError
 from kdjax.jobs import evaluate_run, export_run, generate_texts
-from kdjax.models import Model, ModelSpec, export, open_model, parameter_count
+from kdjax.models import Model, ModelSpec, open_model, parameter_count
 from kdjax.models.config import SOFT_PROMPT, Lora, SoftPrompt
 from kdjax.models.paths import parameter_paths
 from kdjax.sharding import MeshConfig
@@ -28,13 +28,6 @@ from kdjax.train import train
 home = tiny_run.home
 KINDS = ("prompt", "prefix")
 WHOLE = {kind: SoftPrompt(-1, kind, "prompt", RULES) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def base(exported, tmp_path_factory):
-    """A model on disk for which it matters what stood before."""
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 or len(x) == 264 else x, Model(SMALL).init(jax.random.key(0)))
-    return export(SMALL, params, tmp_path_factory.mktemp("base") / "model", exported / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")

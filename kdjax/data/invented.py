@@ -101,7 +101,7 @@ def facts(seed: int = 0) -> tuple[dict[str, Any], ...]:
     """Return a row for each wording of each fact about the towns of a seed.
 
     Each has `id`, `town`, `fact` (town and kind, the same for all wordings), `wording` (0 to `WORDINGS` - 1), the
-    town's `document` (all its facts, in an order of its own), the `statement` of this fact, `prompt` and `answer`.
+    town's `document` (a sentence of each fact, in an order of its own), `prompt` and `answer`.
     """
     rng, rows, names = random.Random(seed), [], set[str]()
     while len(names) < TOWNS:
@@ -110,11 +110,11 @@ def facts(seed: int = 0) -> tuple[dict[str, Any], ...]:
             continue
         names.add(town)
         drawn = {kind: draw(rng) for kind, (draw, _, _) in FACTS.items()}
-        said = {kind: FACTS[kind][1].format(town=town, answer=answer) for kind, answer in drawn.items()}
-        document = " ".join(rng.sample(list(said.values()), len(said)))
+        said = [FACTS[kind][1].format(town=town, answer=answer) for kind, answer in drawn.items()]
+        document = " ".join(rng.sample(said, len(said)))
         for kind, answer in drawn.items():
             for wording, question in enumerate(FACTS[kind][2]):
-                shown = {"document": document, "statement": said[kind], "prompt": question.format(town=town)}
+                shown = {"document": document, "prompt": question.format(town=town)}
                 known = {"town": town, "fact": f"{town} {kind}", "wording": wording, "answer": answer}
                 rows.append({"id": f"{town} {kind} {wording}", **known, **shown})
     return tuple(rows)

@@ -8,6 +8,7 @@ Paper: Mu et al. 2023, Learning to Compress Prompts with Gist Tokens, arXiv:2304
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,12 @@ from kdjax.models.config import GIST, ModelConfig
 from kdjax.models.layers import INIT_STD
 from kdjax.models.model_file import ModelFile, lazy
 from kdjax.models.transformer import Model
-from kdjax.shapes import Array, View, gist_places
+from kdjax.shapes import Array, View, gist_places, left_padded
 
 Tree = dict[str, Any]
 
 UNIT = 32
 """Prompts are padded to a multiple of this, so that few lengths are compiled."""
-
 
 AXES = {GIST: {"embedding": (None, None)}}
 """The names of its axes: every device has all of it."""
@@ -68,14 +68,9 @@ def compressed(model: Model, params: Tree, prompts: Sequence[Sequence[int]]) -> 
             raise UserError(f"prompt {number} has {len(prompt)} tokens to compress; {limit}")
         if not all(0 <= token < c.vocab_size for token in prompt):
             raise UserError(f"prompt {number} has a token outside the model's vocabulary of {c.vocab_size}")
-    width = -(-(max(map(len, prompts)) + count) // UNIT) * UNIT
-    tokens_BT, segment_BT, position_BT = (np.zeros((len(prompts), width), np.int32) for _ in range(3))
-    for row, prompt in enumerate(prompts):
-        size = len(prompt) + count
-        tokens_BT[row, -size:] = [*prompt, *gist_places(count)]
-        segment_BT[row, -size:] = 1
-        position_BT[row, -size:] = np.arange(size) - len(prompt)
-    return _compressed(model, count, params, View(tokens_BT, segment_BT, position_BT))
+    view = left_padded([[*prompt, *gist_places(count)] for prompt in prompts], UNIT)
+    before_B1 = np.array([[len(prompt)] for prompt in prompts], np.int32)
+    return _compressed(model, count, params, replace(view, position_BT=view.position_BT - before_B1))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
