@@ -20,6 +20,8 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import (
+    arms,
+    effect,
     generate,
     gist,
     harness,
@@ -46,6 +48,7 @@ GENERATION = ROOT / "docs" / "generation.md"
 MEMORY = ROOT / "docs" / "memory.md"
 PROMPTS = ROOT / "docs" / "prompts.md"
 SEARCH = ROOT / "docs" / "search.md"
+EFFECT = ROOT / "docs" / "effect.md"
 CASE_STUDY = ROOT / "docs" / "case-study.md"
 RESULTS = Path(__file__).parent / "results"
 
@@ -198,7 +201,13 @@ SEARCH_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of prompt search."""
 
+EFFECT_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "effect": lambda results: effect.markdown(harness.read(results / "effect.jsonl")),
+}
+"""The same for the page on a prompt's effect."""
+
 CASE_STUDY_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "arms": lambda results: arms.markdown(harness.read(results / "arms.jsonl")),
     "knowledge": lambda results: knowledge.markdown(harness.read(results / "knowledge.jsonl")),
     "screening": lambda results: screening.markdown(harness.read(results / "screening.jsonl")),
 }
@@ -226,6 +235,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     MEMORY: partial(render_page, MEMORY_BLOCKS),
     PROMPTS: partial(render_page, PROMPT_BLOCKS),
     SEARCH: partial(render_page, SEARCH_BLOCKS),
+    EFFECT: partial(render_page, EFFECT_BLOCKS),
     CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
 }
 
