@@ -50,7 +50,13 @@ def get_config() -> PipelineConfig:
         name="prompt_pipeline",
         teacher=ModelSpec(source=MODEL),
         student=ModelSpec(source="teacher", lora=Lora(rank=16)),
-        data=DataConfig(packing="first_fit", sequence_length=128, eval_fraction=0.08, eval_tokens=8_192),
+        data=DataConfig(
+            packing="first_fit",
+            sequence_length=128,
+            eval_fraction=0.08,
+            eval_tokens=8_192,
+            max_bad_rows=50,  # texts of letters that are many tokens do not fit
+        ),
         answers=AnswersConfig(by="teacher", count=800, tokens=8, sampling=Sampling(temperature=1.0)),
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0, chunk_tokens=256),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),

@@ -66,7 +66,7 @@ def pipeline(config: PipelineConfig, directory: Path) -> Summary:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory):
-        claim(config, directory)
+        claim(config, directory, free=("distil",))  # training checks its own config once it has begun
         return _stages(config, directory)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,16 @@ def search(config: PromptsConfig, directory: Path) -> Summary:
     return found
 
 
-def claim(config: Any, directory: Path) -> None:
-    """Write the config into a run directory, unless another one is there.
+def claim(config: Any, directory: Path, free: Sequence[str] = ()) -> None:
+    """Write the config into a run directory, unless another one is there; its fields in `free` may differ.
 
     Raises:
         UserError: the directory holds something else.
     """
     saved = directory / "config.json"
     if saved.exists():
-        different = configs.differences(configs.load(str(saved), type(config)), config)
+        found = configs.load(str(saved), type(config))
+        different = configs.differences(replace(found, **{name: getattr(config, name) for name in free}), config)
         if different:
             raise UserError(
                 f"{directory} holds a job whose config differs ({'; '.join(different[:5])}); choose another "

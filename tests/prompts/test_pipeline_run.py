@@ -66,6 +66,9 @@ def test_each_stage_starts_from_the_file_of_the_one_before(config, tmp_path, mon
         if stage == "train":
             best = run / "search" / "best.txt"
             best.write_text(best.read_text().replace(tiny_search.PLANTED, "Edited by a person."))
+            short = replace(config.distil, data=replace(config.distil.data, sequence_length=4))
+            with pytest.raises(UserError, match=r"data.sequence_length 4"):  # mended below, and nothing lost
+                pipeline(replace(config, distil=short), run)
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl") if path.name != "metrics.jsonl"}
     found = pipeline(config, run)
     after = {path: path.read_bytes() for path in before}
@@ -87,6 +90,8 @@ def test_each_stage_starts_from_the_file_of_the_one_before(config, tmp_path, mon
     assert re.search(r"with the prompt +1\.000", said) and "distilled, without it" in said
     assert main(["pipeline", str(run), "--search.rounds", "3"]) == 2
     assert "holds a job whose config differs (search.rounds: 2 -> 3)" in capsys.readouterr().err
+    assert main(["pipeline", str(run), "--distil.steps", "3"]) == 2
+    assert "steps: 2 -> 3" in capsys.readouterr().err
     assert main(["pipeline", str(tmp_path / "recipe.py")]) == 2
 
 
