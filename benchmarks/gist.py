@@ -21,7 +21,7 @@ from kdjax.train import train
 RESULTS = harness.RESULTS / "gist.jsonl"
 RECIPE = harness.ROOT / "configs" / "gist.py"
 
-SHARES = ("recovered", "recovered_swapped", "recovered_own", "recovered_own_swapped")
+SHARES = ("recovered", "recovered_swapped", "recovered_by_gist", "recovered_own", "recovered_own_by_gist")
 FIGURES = ("kl_before", "kl_after", *SHARES, *(f"{name}_interval" for name in SHARES), "recovered_prompts", "saved")
 FIGURES += ("parameters_trained", "train_documents", "steps", "seconds", "held_out_sha256")
 """What of summary.json a row has."""
@@ -39,8 +39,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     """Return the table of docs/prompts.md."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.gist` writes the figures that stand here."
-    heads = ["places", "steps", "KL before → after", "recovered", "behind another's gist", "on its own answers"]
-    heads.append("these behind another's gist")
+    heads = ["places", "steps", "KL before → after", "recovered", "behind another's gist", "the gist's own share"]
+    heads += ["on its own answers", "the gist's own share of that"]
     lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
     for row in rows:
         shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES]

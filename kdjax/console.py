@@ -249,8 +249,10 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
 RECOVERED = {
     "recovered": "the teacher's answers",
     "recovered_swapped": "these behind another prompt's gist",
+    "recovered_by_gist": "these, own gist less another's",
     "recovered_own": "the student's own answers",
     "recovered_own_swapped": "these behind another prompt's gist",
+    "recovered_own_by_gist": "these, own gist less another's",
 }
 """Name of a share in summary.json -> what it was measured on."""
 

@@ -43,7 +43,8 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     """Return what summary.json says of a prompt's recovery; nothing where the teacher has no prompt of its own.
 
     Measured on the held-out answers, and on answers that the student gives to the same prompts itself. With a gist also
-    `swapped`: behind the gist of another prompt, where what is recovered is of the kind of text and not of the prompt.
+    `swapped`: behind the gist of another prompt, where what is recovered is of the kind of text and not of the prompt;
+    and `by_gist`, the difference of the two with its paired interval.
     """
     teacher, held = job.teacher, data.examples_of(job.data.held_out)
     if teacher is None or not (job.config.data.teacher_view and held):
@@ -53,9 +54,12 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     own, found = _answered(job, *distilled, held), Figures()
     for name, asked in (("recovered", held), ("recovered_own", own)):
         of_plain = _divergences(job, *plain, frozen, _unprompted(asked))
-        found |= _shares(name, of_plain, _divergences(job, *distilled, frozen, asked))
+        of_distilled = _divergences(job, *distilled, frozen, asked)
+        found |= _shares(name, of_plain, of_distilled)
         if gists.places(student):
-            found |= _shares(f"{name}_swapped", of_plain, _divergences(job, *distilled, frozen, _swapped(asked)))
+            swapped = _divergences(job, *distilled, frozen, _swapped(asked))
+            found |= _shares(f"{name}_swapped", of_plain, swapped)
+            found |= _shares(f"{name}_by_gist", of_plain, of_plain - (swapped - of_distilled))
     if job.config.answers.behaviour:
         said = {"prompted": held, "unprompted": _answered(job, *plain, _unprompted(held)), "distilled": own}
         found["behaviour"] = {who: _rate(job, answers) for who, answers in said.items()}

@@ -103,6 +103,10 @@ def test_prompts_never_seen_are_compressed(trained):
     assert 0.1 < low < summary["recovered"] < high and summary["recovered_prompts"] > 20
     assert summary["recovered_swapped_interval"][1] < low < summary["recovered"]  # it is this prompt that is told
     assert summary["recovered_own"] > max(0, summary["recovered_own_swapped"])
+    own, swapped = summary["recovered"], summary["recovered_swapped"]
+    assert summary["recovered_by_gist"] == pytest.approx(own - swapped)
+    low, high = summary["recovered_by_gist_interval"]
+    assert 0 < low < own - swapped < high < own  # paired: the same prompts on both sides
     assert summary["saved"]["prompt_tokens"] == 3 - COUNT
     assert summary["saved"]["request_tokens"] == COUNT + 1
     assert evaluate_run(run)["kl"] == pytest.approx(summary["kl_after"], rel=1e-3)
