@@ -5,7 +5,7 @@ Decoding comes back to the host once in a block of tokens: there text is shown a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -117,6 +117,31 @@ def stream(
             return
         state, block_BN = _decode(*how, max_new_tokens, params, state, keys_B)
         new_BN, number = np.asarray(block_BN)[:, : int(state.number) - number], int(state.number)
+
+
+def texts(
+    blocks: Iterable[Sequence[Sequence[int]]],
+    rows: int,
+    decode: Callable[[list[int]], str],
+    *,
+    stop: Sequence[str],
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[tuple[int, str, int, bool]]:
+    """Yield, as blocks of tokens come, a row, its `settled` text, its tokens so far and whether it is over.
+
+    It ends once all rows are over.
+    """
+    said: list[list[int]] = [[] for _ in range(rows)]
+    is_over = [False] * rows
+    for block in blocks:
+        for row in [row for row in range(rows) if not is_over[row]]:
+            said[row] += block[row]
+            is_last = len(said[row]) == max_new_tokens or said[row][-1] in eos_ids
+            text, is_over[row] = settled(decode(said[row]), stop, is_last)
+            yield row, text, len(said[row]), is_over[row]
+        if all(is_over):
+            return
 
 
 def settled(text: str, stop: Sequence[str], is_over: bool) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ from kdjax.answers import answered
 from kdjax.build import build
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
-from kdjax.generate import GREEDY, check_prompts, settled, stream
+from kdjax.generate import GREEDY, check_prompts, stream, texts
 from kdjax.metrics import write_json
 from kdjax.models import DType, Model, Prefix, compressed, export, open_model
 from kdjax.models.adapter import export_soft_prompt
@@ -96,17 +96,11 @@ def generate_texts(
             first=first,
             prefix=prefix,
         )
-        said, shown, is_over = [[] for _ in batch], [0] * len(batch), [False] * len(batch)
-        for block in blocks:
-            for row in [row for row in range(len(batch)) if not is_over[row]]:
-                said[row] += block[row]
-                is_last = len(said[row]) == max_new_tokens or said[row][-1] in end
-                text, is_over[row] = settled(tokenizer.decode(said[row]), stop, is_last)
-                if text[shown[row] :] or is_over[row]:
-                    yield first + row, text[shown[row] :], is_over[row]
-                shown[row] = len(text)
-            if all(is_over):
-                break
+        shown, how = [0] * len(batch), {"stop": stop, "eos_ids": end, "max_new_tokens": max_new_tokens}
+        for row, text, _, is_over in texts(blocks, len(batch), tokenizer.decode, **how):
+            if text[shown[row] :] or is_over:
+                yield first + row, text[shown[row] :], is_over
+            shown[row] = len(text)
 
 
 def _gist(model: Model, params: Any, tokenizer: data.Tokenizer, text: str) -> Prefix:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kdjax.data import Tokenizer, check_fits, load_tokenizer
 from kdjax.errors import UserError
-from kdjax.generate import check_prompts, settled, stream
+from kdjax.generate import check_prompts, stream, texts
 from kdjax.models import Model, open_model
 from kdjax.prompts.config import SpeakerConfig
 from kdjax.prompts.likelihood import log_likelihoods, log_probs
@@ -87,16 +87,11 @@ class Local:
             eos_ids=self.tokenizer.eos_ids,
             first=first,
         )
-        written: list[list[int]] = [[] for _ in ids]
-        texts, is_over = [""] * len(ids), [False] * len(ids)
-        for block in blocks:
-            for row in [row for row in range(len(ids)) if not is_over[row]]:
-                written[row] += block[row]
-                is_last = len(written[row]) == how.max_new_tokens or written[row][-1] in self.tokenizer.eos_ids
-                texts[row], is_over[row] = settled(self.tokenizer.decode(written[row]).lstrip(), how.stop, is_last)
-            if all(is_over):
-                break
-        return [Said(text, len(row) + len(new)) for text, row, new in zip(texts, ids, written, strict=True)]
+        said = [Said("", len(row)) for row in ids]
+        own = {"stop": how.stop, "eos_ids": self.tokenizer.eos_ids, "max_new_tokens": how.max_new_tokens}
+        for row, text, tokens, _ in texts(blocks, len(ids), lambda new: self.tokenizer.decode(new).lstrip(), **own):
+            said[row] = Said(text, len(ids[row]) + tokens)
+        return said
 
     def turns(self, count: int, how: How) -> list[Turn]:
         """Return what it writes where its chat template lets the user speak.
