@@ -53,7 +53,6 @@ def get_config() -> Config:
             teacher_view=SYSTEM + QUESTION,
             packing="first_fit",
             sequence_length=128,
-            teacher_length=320,
             group_field="module",
             eval_fraction=0.08,
             eval_tokens=4096,
