@@ -25,7 +25,7 @@ def get_config() -> PipelineConfig:
     search = PromptsConfig(
         task="classification",
         sources=("python_docs",),
-        input="{{ text[:160] }}",
+        input="{{ text[:120] }}",
         answer=f"{{{{ {list(KINDS)}[label] }}}}",
         labels=KINDS,
         instructions=(
@@ -37,9 +37,9 @@ def get_config() -> PipelineConfig:
         rounds=2,
         children=3,
         shots=4,
-        budget=640,
+        budget=400,
         propose_rows=40,
-        select_rows=100,
+        select_rows=80,
         test_rows=200,
         few_shot_baseline=0,
         proposal_tokens=40,
@@ -57,11 +57,11 @@ def get_config() -> PipelineConfig:
             eval_tokens=8_192,
             max_bad_rows=50,  # texts of letters that are many tokens do not fit
         ),
-        answers=AnswersConfig(by="teacher", count=800, tokens=8, sampling=Sampling(temperature=1.0)),
+        answers=AnswersConfig(by="teacher", count=400, tokens=8, sampling=Sampling(temperature=1.0)),
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0, chunk_tokens=256),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=25, keep=1, keep_best=False),
-        steps=100,
+        steps=60,
         batch_size=4,
     )
     return PipelineConfig(name="prompt_pipeline", search=search, distil=distil)
