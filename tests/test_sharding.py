@@ -11,11 +11,12 @@ from kdjax.sharding import MeshConfig, placement
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"fsdp": -1, "data": 2}, (2, 4, 1, 1)),
-        ({"tensor": 2, "fsdp": 2}, (2, 2, 1, 2)),
-        ({"expert": 2, "tensor": 2}, (2, 1, 2, 2)),
-        ({"expert": -1, "data": 1}, (1, 1, 8, 1)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"fsdp": -1, "data": 2}, (2, 4, 1, 1, 1)),
+        ({"tensor": 2, "fsdp": 2}, (2, 2, 1, 1, 2)),
+        ({"expert": 2, "tensor": 2}, (2, 1, 2, 1, 2)),
+        ({"expert": -1, "data": 1}, (1, 1, 8, 1, 1)),
+        ({"context": 4, "tensor": 2}, (1, 1, 1, 4, 2)),
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(mesh, shape):
@@ -25,17 +26,21 @@ def test_minus_one_takes_the_devices_that_are_left(mesh, shape):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"data": 3}, "expert=1, tensor=1 does not fill 8 devices; use data=-1, fsdp=1, expert=1, tensor=1$"),
-        ({"data": 3, "expert": -1}, "use data=-1, fsdp=1, expert=1, tensor=1$"),
-        ({"data": 4, "expert": 4}, "use data=-1, fsdp=1, expert=4, tensor=1$"),
+        (
+            {"data": 3},
+            "context=1, tensor=1 does not fill 8 devices; use data=-1, fsdp=1, expert=1, context=1, tensor=1$",
+        ),
+        ({"data": 3, "expert": -1}, "use data=-1, fsdp=1, expert=1, context=1, tensor=1$"),
+        ({"data": 4, "expert": 4}, "use data=-1, fsdp=1, expert=4, context=1, tensor=1$"),
         ({"data": -1, "fsdp": -1}, "only one axis"),
         ({"expert": -1, "fsdp": -1, "data": 1}, "mesh.fsdp and mesh.expert are -1; only one axis"),
         ({"fsdp": 3}, "must divide 8"),
-        ({"expert": 3}, r"expert=3, tensor=1 does not fill 8 devices; fsdp \* expert \* tensor must divide 8$"),
+        ({"expert": 3}, r"tensor=1 does not fill 8 devices; fsdp \* expert \* context \* tensor must divide 8$"),
         ({"fsdp": 0}, "at least 1"),
         ({"expert": 0}, "{'expert': 0}; wanted at least 1"),
         ({"placement": "pmap", "tensor": 2}, "pmap replicates"),
-        ({"placement": "pmap", "expert": 2}, "pmap replicates.* got fsdp=1, expert=2, tensor=1, wanted 1 each"),
+        ({"placement": "pmap", "expert": 2}, "pmap replicates.* got fsdp=1, expert=2, context=1, tensor=1, wanted 1"),
+        ({"placement": "pmap", "context": 2}, "pmap replicates.* expert=1, context=2, tensor=1, wanted 1 each"),
     ],
 )
 def test_impossible_meshes_are_one_clear_line(mesh, message):
@@ -45,12 +50,14 @@ def test_impossible_meshes_are_one_clear_line(mesh, message):
 
 def test_a_batch_that_does_not_split_names_the_nearest_that_do():
     place = placement(MeshConfig(data=4, fsdp=2))
-    with pytest.raises(UserError, match=r"250 .* 8 devices \(data=4, fsdp=2, expert=1, tensor=1\); use 248 or 256"):
+    with pytest.raises(
+        UserError, match=r"250 .* 8 devices \(data=4, fsdp=2, expert=1, context=1, tensor=1\); use 248 or 256"
+    ):
         place.check_batch(250, 1)
     with pytest.raises(UserError, match="4 microbatches; use 32 or 64"):
         place.check_batch(48, 4)
     place.check_batch(64, 4)
-    with pytest.raises(UserError, match=r"4 devices .*expert=4, tensor=2\); use 4 or 8"):
+    with pytest.raises(UserError, match=r"4 devices .*expert=4, context=1, tensor=2\); use 4 or 8"):
         placement(MeshConfig(data=1, expert=4, tensor=2)).check_batch(6, 1)
 
 

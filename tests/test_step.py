@@ -15,9 +15,7 @@ from kdjax.errors import UserError
 from kdjax.evaluate import sums_of
 from kdjax.losses import Feature, ObjectiveConfig
 from kdjax.losses.features import tapped
-from kdjax.models import Model, ModelConfig
-from kdjax.models.experts import here
-from kdjax.models.layers import anywhere
+from kdjax.models import Model, ModelConfig, attend
 from kdjax.shapes import Batch, View
 from kdjax.sharding import MeshConfig, placement
 from kdjax.step import Recipe, _row_keys, gradient, init_state, loss_sums, step
@@ -50,7 +48,10 @@ PLACES = {
     "data 8, 2 microbatches": ({"data": 8}, 2),
     "data 2, fsdp 2, tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
     "fsdp 4, tensor 2, 4 microbatches": ({"data": 1, "fsdp": 4, "tensor": 2}, 4),
+    "fsdp 8": ({"data": 1, "fsdp": 8}, 1),
     "tensor 8": ({"data": 1, "tensor": 8}, 1),
+    "context 2, data 4": ({"data": 4, "context": 2}, 1),
+    "context 2, fsdp 2, tensor 2, 2 microbatches": ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, 2),
     "data 4, expert 2": ({"data": 4, "expert": 2}, 1),
     "expert 4, tensor 2, 2 microbatches": ({"data": 1, "expert": 4, "tensor": 2}, 2),
     "fsdp 2, expert 2, tensor 2": ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, 1),
@@ -86,10 +87,11 @@ def _recipe(
     place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True, objective=OBJECTIVE, teacher=TEACHER
 ):
     place = place or placement(MeshConfig(data=1), jax.devices()[:1])
-    teacher = Model(teacher, layout=place.constrain, dispatch=place.dispatch)
+    across = {"attention": place.attention(attend), "layout": place.constrain, "dispatch": place.dispatch}
+    teacher = Model(teacher, **across)
     widths = (student.width, teacher.config.width)
     return Recipe(
-        model=Model(student, layout=place.constrain, dispatch=place.dispatch),
+        model=Model(student, **across),
         objective=objective,
         optimizer=optimizer or optax.sgd(0.5),
         signal_of=live_teacher(teacher, tapped(objective.features, 1)) if with_teacher else no_teacher,
@@ -108,7 +110,7 @@ def _init(model, seed):
 def _start(recipe, place):
     """Return state and frozen trees, each where it belongs."""
     teacher = Model(TEACHER)
-    state = init_state(recipe, _init(replace(recipe.model, layout=anywhere, dispatch=here), 1))
+    state = init_state(recipe, _init(Model(recipe.model.config), 1))
     frozen = {"teacher": _init(teacher, 2)}
     where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
     frozen_where = place.state_shardings(frozen, {"teacher": teacher.logical_axes()})
