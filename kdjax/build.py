@@ -129,12 +129,13 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         data.check_text(name, "answers.unrelated")
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer, config.student.gist)
+    process_index, process_count = place.reading
     loader = data.build(
         replace(text or config.data, task=task, share_prefix=_shares(config, teacher)),
         tokenizer,
         batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=process_index,
+        process_count=process_count,
         start_token=student.model.config.start_token,
         labels=student.model.config.labels,
         room=config.answers.tokens if config.answers.student_share else 0,

@@ -110,6 +110,25 @@ class Placement:
         """Over how many devices the examples of a batch are split."""
         return prod(self.mesh.shape[name] for name in BATCH_AXES)
 
+    @property
+    def reading(self) -> tuple[int, int]:
+        """Which part of each batch this process reads, of how many: processes that share examples read the same one.
+
+        Raises:
+            UserError: a mesh that lays parts of what one process reads on another.
+        """
+        places = NamedSharding(self.mesh, P(BATCH_AXES)).devices_indices_map((self.batch_devices,))
+        of_process: dict[int, set[int]] = {}
+        for device, (rows,) in places.items():
+            of_process.setdefault(device.process_index, set()).add(rows.start or 0)
+        parts = sorted({tuple(sorted(rows)) for rows in of_process.values()})
+        if sum(map(len, parts)) != self.batch_devices:
+            raise UserError(
+                f"a mesh of {_text(dict(self.mesh.shape))} lays examples across the borders of {len(of_process)} "
+                "processes; let context * tensor divide the devices of a process, or be a multiple of them"
+            )
+        return parts.index(tuple(sorted(of_process[jax.process_index()]))), len(parts)
+
     def check_batch(self, batch_size: int, microbatches: int) -> None:
         """Check that every microbatch splits evenly.
 
