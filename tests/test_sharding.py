@@ -1,10 +1,16 @@
-"""Meshes and placement: what is refused, and where things lie."""
+"""Meshes and placement: what is refused, where things lie, and attention across devices."""
+
+import re
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kdjax.errors import UserError
+from kdjax.models import attend
+from kdjax.models.attention import see
 from kdjax.sharding import MeshConfig, placement
 
 
@@ -93,3 +99,43 @@ def test_lazy_tensors_are_read_part_by_part():
     np.testing.assert_array_equal(loaded, np.arange(48.0).reshape(8, 6))
     assert len(Lazy.read_parts) == 8 and all(part[0].stop - part[0].start == 1 for part in Lazy.read_parts)
     assert len(loaded.sharding.device_set) == 8 == len(jax.devices())
+
+
+def test_rows_and_heads_that_do_not_split_over_context_are_refused():
+    place = placement(MeshConfig(data=1, context=4, tensor=2))
+    place.check_context({"data.sequence_length": 32}, {"student": 8, "teacher": 16})
+    with pytest.raises(UserError, match="data.teacher_length 30 does not split over mesh.context 4; use 28 or 32$"):
+        place.check_context({"data.sequence_length": 32, "data.teacher_length": 30}, {"student": 8})
+    with pytest.raises(UserError, match=r"the teacher has 12 attention heads.* 8 devices \(context=4, tensor=2\)"):
+        place.check_context({}, {"student": 8, "teacher": 12})
+    placement(MeshConfig()).check_context({"data.sequence_length": 7}, {"student": 3})
+
+
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_attention_over_context_is_that_of_one_device(groups):
+    """Value and gradients with segments, a window, a bias and slots before the keys; heads alone are exchanged."""
+    (b, t, s, heads, k), rng = (4, 16, 18, 4, 8), np.random.default_rng(0)
+    q, keys, values, bias, weight = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((b, t, heads, k), (b, s, groups, k), (b, s, groups, k), (1, heads, t, s), (b, t, heads, k))
+    )
+    segment = jnp.asarray(rng.integers(1, 3, (b, s)).cumsum(1) // 9)
+    place = placement(MeshConfig(data=2, context=2, tensor=2))
+
+    def loss(kernel, q, keys, values, bias):
+        names = (("batch", "sequence", "heads", None), *[("batch", "sequence", "kv_heads", None)] * 2)
+        q, keys, values = map(place.constrain, (q, keys, values), names)
+        sight = replace(see(segment[:, s - t :], segment, s - t).within(5), bias_BHTS=bias)
+        said = place.constrain(kernel(q, keys, values, sight), names[0])
+        return jnp.sum(jnp.sin(said) * weight)
+
+    def compiled(kernel):
+        of = jax.value_and_grad(lambda *given: loss(kernel, *given), (0, 1, 2, 3))
+        return jax.jit(of).lower(q, keys, values, bias).compile()
+
+    exact = jax.jit(jax.value_and_grad(lambda *given: loss(attend, *given), (0, 1, 2, 3)))
+    spread = compiled(place.attention(attend))
+    got, want = spread(q, keys, values, bias), exact(q, keys, values, bias)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert re.search(r" all-to-all(-start)?\(", spread.as_text())

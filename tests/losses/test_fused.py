@@ -387,7 +387,9 @@ def test_evaluation_computes_no_gradient():
 
 
 @pytest.mark.parametrize("divergence", _every_divergence())
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 4, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str
+)
 def test_a_mesh_of_any_shape_gives_what_one_device_gives(mesh, divergence):
     objective = ObjectiveConfig(0.3, 2.0, divergence, chunk_tokens=4)
     alone, start = _fused(_problem(), objective, HEADS["all"])
@@ -427,9 +429,10 @@ def _loops(module):
     return [whole(body, set()) for body in re.findall(r"while\(.*?body=%?([\w.\-]+)", module)]
 
 
-def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks):
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "context": 4}], ids=str)
+def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks, mesh):
     """512 tokens in chunks of 16 on 8 devices: 32 chunks are computed, and nothing crosses devices inside."""
-    compiled, problem = _compiled({"data": 8}, 16)
+    compiled, problem = _compiled(mesh, 16)
     jax.block_until_ready(compiled(*problem))
     jax.effects_barrier()
     assert chunks == [16] * (512 // 16)
