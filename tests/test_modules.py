@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import jax
 import pytest
-from module_text import COLLECTIVE, loops, sent
+from module_text import loops, sent
 from test_step import OBJECTIVE, STUDENT, TEACHER, B, T, V, _init, _recipe, _uneven_batch
 
 from kdjax.models import Model
@@ -21,12 +20,12 @@ LAYERS = 3
 MODEL = replace(STUDENT, layers=LAYERS)
 
 
-def module(mesh, microbatches=1, with_teacher=True):
+def module(mesh, microbatches=1, model=MODEL, with_teacher=True):
     """Return the text of a compiled step on a mesh, and the student's parameters."""
     place = placement(MeshConfig(**mesh))
     teacher = replace(TEACHER, heads=4, kv_heads=2, head_width=6)
-    recipe = _recipe(place, microbatches, student=MODEL, teacher=teacher, with_teacher=with_teacher)
-    state, frozen = init_state(recipe, _init(Model(MODEL), 1)), {"teacher": _init(Model(teacher), 2)}
+    recipe = _recipe(place, microbatches, student=model, teacher=teacher, with_teacher=with_teacher)
+    state, frozen = init_state(recipe, _init(Model(model), 1)), {"teacher": _init(Model(teacher), 2)}
     where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
     of_frozen = place.state_shardings(frozen, {"teacher": Model(teacher).logical_axes()})
     do = place.compile_step(partial(step, recipe=recipe), where)
@@ -59,24 +58,21 @@ def test_tensor_parallelism_gathers_no_logits():
 
 
 def test_data_parallelism_reduces_each_gradient_once():
-    """As many numbers are added up over devices as the student has parameters, those of layers within their loop."""
-    text, params = module({"data": 8}, with_teacher=False)
+    """As many numbers are added up over devices as the student has parameters, a layer's as often as there are layers.
+
+    Its head is its own: a tied matrix has two gradients, as embedding and as head, each summed before they meet.
+    """
+    text, params = module({"data": 8}, model=replace(MODEL, tie_head=False), with_teacher=False)
     assert {kind for kind, _, _ in sent(text)} == {"all-reduce"}
-    in_layers = max(loops(text), key=lambda body: len(re.findall(COLLECTIVE, body)))
-    numbers = Counter(shape for _, _, shape in sent(text) if len(shape))
-    of_layer = Counter(shape for _, _, shape in sent(in_layers) if len(shape))
-    total = sum(
-        math.prod(shape) * n
-        for shape, n in (numbers + Counter({s: n * (LAYERS - 1) for s, n in of_layer.items()})).items()
-    )
-    assert total == sum(x.size for x in jax.tree.leaves(params))
+    of_layer = max((sent(body) for body in loops(text)), key=len)
+    numbers = [math.prod(shape) for _, _, shape in sent(text) + of_layer * (LAYERS - 1) if shape]
+    assert of_layer and sum(numbers) == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_pmap_reduces_each_gradient_once_whatever_the_microbatches():
     text, params = module({"placement": "pmap"}, microbatches=2, with_teacher=False)
     assert not [shape for body in loops(text) for _, _, shape in sent(body)], "not in the loop of microbatches"
-    total = sum(math.prod(shape) for _, _, shape in sent(text) if len(shape))
-    assert total == sum(x.size for x in jax.tree.leaves(params))
+    assert sum(math.prod(shape) for _, _, shape in sent(text) if shape) == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_context_exchanges_heads_and_gathers_no_rows():
@@ -87,7 +83,6 @@ def test_context_exchanges_heads_and_gathers_no_rows():
     exchanging = [body for body in loops(text) if " all-to-all(" in body]
     assert exchanging
     for body in exchanging:
-        kinds = Counter(kind for kind, _, shape in sent(body) if T // 2 in shape or T in shape)
-        assert set(kinds) == {"all-to-all"}
-    local = B // 4
-    assert f"[{local},4,{T},{T}]" not in text and f"[{local},2,1,{T},{T}]" in text, "scores of half of the heads"
+        assert {kind for kind, _, shape in sent(body) if {T, T // 2} & set(shape)} == {"all-to-all"}
+    scores = f"[{B // 4},{{groups}},2,{T},{T}]"
+    assert scores.format(groups=1) in text and scores.format(groups=2) not in text, "those of half of the heads"
