@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -72,7 +73,7 @@ def join(launch: Launch) -> None:
 def _connect(launch: Launch) -> None:
     """Connect in a thread, since what waits in jax can be neither interrupted nor caught."""
     failed: list[Exception] = []
-    how = {"initialization_timeout": launch.timeout + PATIENCE}
+    how: dict[str, Any] = {"initialization_timeout": launch.timeout + PATIENCE}
     if not launch.auto:  # otherwise Slurm's environment would leave each process one device
         how |= {"cluster_detection_method": "deactivate", "coordinator_address": launch.coordinator}
         how |= {"num_processes": launch.processes, "process_id": launch.process}
