@@ -121,9 +121,7 @@ def test_a_job_stopped_on_two_processes_goes_on_with_one(home, alone):  # noqa: 
 PROCESSES = {
     "data 2": (2, {"data": 2}),
     "context 2": (2, {"data": 1, "context": 2}),
-    "data 2, context 2": (4, {"data": 2, "context": 2}),
-    "fsdp 2, tensor 2": (4, {"data": 1, "fsdp": 2, "tensor": 2}),
-    "pmap": (2, {"placement": "pmap"}),
+    "fsdp 2, context 2": (4, {"data": 1, "fsdp": 2, "context": 2}),
 }
 
 
