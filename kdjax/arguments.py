@@ -22,6 +22,35 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_launch(command: argparse.ArgumentParser) -> None:
+    """Add how a process finds the others of its job; no part of the config, since it differs between them."""
+    add = command.add_argument_group("several processes", "start each with one of two:").add_argument
+    add(
+        "--distributed.auto",
+        dest="auto",
+        action="store_true",
+        help="let Slurm, Kubernetes, Cloud TPU or Open MPI tell the rest",
+    )
+    add("--distributed.coordinator", dest="coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    add(
+        "--distributed.processes",
+        dest="processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many there must be, or the run does not start",
+    )
+    add("--distributed.process", dest="process", type=int, default=-1, metavar="I", help="which one this is, from 0")
+    add(
+        "--distributed.timeout",
+        dest="timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="to wait for the others (default: %(default)s)",
+    )
+
+
 def add_generate(command: argparse.ArgumentParser) -> None:
     """Add what is continued, and how."""
     command.epilog = "The text of one prompt is shown as it comes; of several, a line of JSON each, in their order."

@@ -121,6 +121,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     student, teacher = models(config, place)
     _check_length(config, student, teacher)
     task = _task(config, student, teacher)
+    _check_context(config, place, {"student": student, "teacher": teacher})
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
@@ -128,12 +129,13 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         data.check_text(name, "answers.unrelated")
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer, config.student.gist)
+    process_index, process_count = place.reading
     loader = data.build(
         replace(text or config.data, task=task, share_prefix=_shares(config, teacher)),
         tokenizer,
         batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=process_index,
+        process_count=process_count,
         start_token=student.model.config.start_token,
         labels=student.model.config.labels,
         room=config.answers.tokens if config.answers.student_share else 0,
@@ -201,6 +203,13 @@ def _check_length(config: Config, student: Named, teacher: Named | None, shared:
                 f"data.{setting} is {length}{behind} but the {who} was made for {named.model.config.max_positions} "
                 "positions at most; lower it"
             )
+
+
+def _check_context(config: Config, place: Placement, models: dict[str, Named | None]) -> None:
+    """Check that rows and heads split over the devices that share a row."""
+    names = ("sequence_length", "teacher_length", "target_length")
+    lengths = {f"data.{name}": length for name in names if (length := getattr(config.data, name))}
+    place.check_context(lengths, {who: named.model.config.heads for who, named in models.items() if named is not None})
 
 
 def recipe(config: Config, place: Placement, student: Named, teacher: Named | None) -> Recipe:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
-from kdjax.arguments import add_config, add_generate, add_student
+from kdjax.arguments import add_config, add_generate, add_launch, add_student
 from kdjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -123,16 +123,21 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 
     from kdjax.config import Config
     from kdjax.console import final_table
+    from kdjax.distributed import Launch, join
     from kdjax.report import write_report
     from kdjax.train import Stopped, train
 
     config, directory = _configured(options, flags, Config)
+    join(Launch(options.coordinator, options.processes, options.process, options.auto, options.timeout))
+    speaks = jax.process_index() == 0  # one of a job's processes does; from the others only errors are heard
+    for handler in logging.getLogger("kdjax").handlers if not speaks else ():
+        handler.setLevel(logging.ERROR)
     try:
         summary = train(config, directory)
     except Stopped as stopped:
-        _say(str(stopped))
+        _say(str(stopped)) if speaks else None
         return stopped.exit_code
-    if jax.process_index() != 0:  # one of a job's processes speaks
+    if not speaks:
         return 0
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(final_table(summary))
@@ -329,7 +334,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         command.set_defaults(run=run, print_help=command.print_help)
         return command
 
-    add_config(add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on"))
+    train = add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on")
+    add_config(train)
+    add_launch(train)
     add_config(add("answers", _answers, "sample the teacher's answers that a config trains on; run again to go on"))
     evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")

@@ -20,6 +20,7 @@ from kdjax.models import (
     ModelFile,
     ModelSpec,
     Prefix,
+    attend,
     gist,
     lora,
     open_model,
@@ -212,7 +213,8 @@ def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | 
         architecture = file.config
     if spec.source == "teacher" and teacher is not None:
         spec = _of_teacher(spec, teacher.spec)
-    model = Model(architecture, spec.dtype, spec.remat, layout=place.constrain, dispatch=place.dispatch)
+    across: Any = {"attention": place.attention(attend), "layout": place.constrain, "dispatch": place.dispatch}
+    model = Model(architecture, spec.dtype, spec.remat, **across)
     return Named(model, file, name, spec)
 
 

@@ -20,7 +20,21 @@ FLOORS = (
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),
-    ("tools", {"sharding", "optim", "checkpoint", "metrics", "console", "environment", "lock", "manifest", "shapes"}),
+    (
+        "tools",
+        {
+            "sharding",
+            "optim",
+            "checkpoint",
+            "metrics",
+            "console",
+            "environment",
+            "distributed",
+            "lock",
+            "manifest",
+            "shapes",
+        },
+    ),
     ("ground", {"errors", "__init__"}),
 )
 CONFIG_READERS = {"the door", "jobs"}  # below them each part has its own small config, which config.py gathers

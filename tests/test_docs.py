@@ -18,7 +18,7 @@ from kdjax.pipeline import PipelineConfig
 from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 QUICKSTART = "python -m pip install -e . && kdjax train configs/quickstart.py"
 TESTS = 'python -m pip install -e ".[test]" && python -m pytest'
@@ -34,7 +34,7 @@ CONFIGS = {
 }
 
 README = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
-COMMAND = re.compile(r"(?:\s*[A-Z_]+=\S+)*\s*((?:kdjax|python -m|bash) .+)")
+COMMAND = re.compile(r"(?:\s*[A-Z_]+=\S+)*\s*(?:srun )?((?:kdjax|python -m|bash) .+)")
 MACHINE = re.compile(
     r"(?<![\w.~$}*-])/(?:home|root|work|farm|Users|tmp|mnt|srv|opt)/\w"
     r"|pypi\.org|pythonhosted\.org|registry\.npmjs|download\.pytorch|--(?:extra-)?index-url"
@@ -218,6 +218,7 @@ def test_no_tracked_file_names_a_machine():
         (wrong_commands, "`kdjax prompts configs/smoke.py`"),
         (wrong_commands, "`kdjax report RUN --inn page.html`"),
         (wrong_commands, "```sh\nA=1 kdjax evaluate\n```"),
+        (wrong_commands, "```sh\nsrun kdjax train configs/smoke.py --distributed.proceses 2\n```"),
         (wrong_commands, "`python -m benchmarks.nowhere`"),
         (wrong_commands, '`python -m pip install -e ".[none]"`'),
         (wrong_commands, "`python -m pytest tests/nowhere.py`"),

@@ -1,13 +1,17 @@
 """One job over several processes: the same losses as one process has, stopped together, continued by another number."""
 
+import json
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import test_step
 import tiny_run
 from tiny_run import home, last_step, rows  # noqa: F401 (home is a fixture)
 
@@ -17,27 +21,46 @@ LIMIT_SECONDS = 400
 STEPS = 60
 FLAGS = ("--steps", STEPS, "--checkpoint.every", 10, "--eval-every", 25)
 
-# One device a process: jax 0.10's gloo can deadlock with more.
+KDJAX = [sys.executable, "-m", "kdjax"]
+
 WORKER = """
-import sys, jax
-address, count, index, *arguments = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", 1)
-jax.distributed.initialize(address, int(count), int(index))
-from kdjax.cli import main
-sys.exit(main(arguments))
+import json, pickle, sys
+tests, out, mesh, *arguments = sys.argv[1:]
+from kdjax.arguments import add_launch
+from kdjax.distributed import Launch, join
+import argparse
+parser = argparse.ArgumentParser()
+add_launch(parser)
+join(Launch(**vars(parser.parse_args(arguments))))
+import jax
+jax.config.update("jax_numpy_rank_promotion", "raise")
+sys.path.insert(0, tests)
+import test_step
+found = test_step._run(json.loads(mesh), 1)
+if jax.process_index() == 0:
+    with open(out, "wb") as file:
+        pickle.dump(found, file)
 """
+"""Runs the five steps of tests/test_step.py on a mesh over all processes."""
 
 
-def start(stack, home, count, *arguments):  # noqa: F811
-    """Start a job of so many processes; whatever comes, all are gone when the stack ends."""
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start(stack, home, count, *arguments, command=KDJAX):  # noqa: F811
+    """Start a job of so many processes; whatever comes, all are gone when the stack ends.
+
+    Each has one device: jax 0.10's gloo can deadlock with more.
+    """
+    job = ["--distributed.coordinator", free_address(), "--distributed.processes", str(count), "--distributed.process"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(count), str(index), *map(str, arguments)],
+            [*command, *map(str, arguments), *job, str(index)],
             cwd=home,
-            env=tiny_run.environment(home),
+            env=tiny_run.environment(home, JAX_NUM_CPU_DEVICES="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -93,3 +116,39 @@ def test_a_job_stopped_on_two_processes_goes_on_with_one(home, alone):  # noqa: 
     assert got.returncode == 0, got.stderr
     assert got.stderr.startswith(f"kdjax: fewer goes on after step {stopped_at}\n")
     assert_same(rows(home / "fewer"), alone)
+
+
+PROCESSES = {
+    "data 2": (2, {"data": 2}),
+    "context 2": (2, {"data": 1, "context": 2}),
+    "fsdp 2, context 2": (4, {"data": 1, "fsdp": 2, "context": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return test_step._run(**test_step.ALONE)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes_give_the_gradients_of_one_device(home, one_device, name):  # noqa: F811
+    """Five steps on one device each of 2 or 4 real processes; where two share examples, they read the same ones."""
+    (count, mesh), out = PROCESSES[name], home / f"{name}.pickle"
+    worker = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(out), json.dumps(mesh)]
+    with ExitStack() as stack:
+        codes, said = ended(start(stack, home, count, command=worker))
+    assert codes == [0] * count, said
+    test_step.agree(pickle.loads(out.read_bytes()), one_device)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(home):  # noqa: F811
+    where = free_address()
+    flags = ("--distributed.coordinator", where, "--distributed.processes", 2, "--distributed.timeout", 3)
+    for process, wrong in (
+        (1, f"no coordinator answered at {where} within 3 s"),
+        (0, "not all processes came within 3 s"),
+    ):
+        got = tiny_run.run(home, "train", "tiny.py", "--run-dir", "nobody", *flags, "--distributed.process", process)
+        assert got.returncode == 2 and got.stderr.startswith(f"kdjax: {wrong}"), got.stderr
+        assert process == 0 or len(got.stderr.splitlines()) == 1  # jax's own coordinator has its say after ours
+        assert not (home / "nobody").exists()

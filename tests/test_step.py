@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from kdjax.errors import UserError
 from kdjax.evaluate import sums_of
 from kdjax.losses import Feature, ObjectiveConfig
 from kdjax.losses.features import tapped
-from kdjax.models import Model, ModelConfig
-from kdjax.models.experts import here
-from kdjax.models.layers import anywhere
+from kdjax.models import Model, ModelConfig, attend
 from kdjax.shapes import Batch, View
 from kdjax.sharding import MeshConfig, placement
 from kdjax.step import Recipe, _row_keys, gradient, init_state, loss_sums, step
@@ -50,7 +49,10 @@ PLACES = {
     "data 8, 2 microbatches": ({"data": 8}, 2),
     "data 2, fsdp 2, tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
     "fsdp 4, tensor 2, 4 microbatches": ({"data": 1, "fsdp": 4, "tensor": 2}, 4),
+    "fsdp 8": ({"data": 1, "fsdp": 8}, 1),
     "tensor 8": ({"data": 1, "tensor": 8}, 1),
+    "context 2, data 4": ({"data": 4, "context": 2}, 1),
+    "context 2, fsdp 2, tensor 2, 2 microbatches": ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, 2),
     "data 4, expert 2": ({"data": 4, "expert": 2}, 1),
     "expert 4, tensor 2, 2 microbatches": ({"data": 1, "expert": 4, "tensor": 2}, 2),
     "fsdp 2, expert 2, tensor 2": ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, 1),
@@ -82,14 +84,18 @@ def _uneven_batch(seed=0):
     return Batch(View(tokens, segment, position * inside), position, targets, weight, kd.astype(np.float32))
 
 
+BATCHES = [_uneven_batch(seed) for seed in range(5)]
+
+
 def _recipe(
     place=None, microbatches=1, optimizer=None, student=STUDENT, with_teacher=True, objective=OBJECTIVE, teacher=TEACHER
 ):
     place = place or placement(MeshConfig(data=1), jax.devices()[:1])
-    teacher = Model(teacher, layout=place.constrain, dispatch=place.dispatch)
+    across = {"attention": place.attention(attend), "layout": place.constrain, "dispatch": place.dispatch}
+    teacher = Model(teacher, **across)
     widths = (student.width, teacher.config.width)
     return Recipe(
-        model=Model(student, layout=place.constrain, dispatch=place.dispatch),
+        model=Model(student, **across),
         objective=objective,
         optimizer=optimizer or optax.sgd(0.5),
         signal_of=live_teacher(teacher, tapped(objective.features, 1)) if with_teacher else no_teacher,
@@ -108,23 +114,54 @@ def _init(model, seed):
 def _start(recipe, place):
     """Return state and frozen trees, each where it belongs."""
     teacher = Model(TEACHER)
-    state = init_state(recipe, _init(replace(recipe.model, layout=anywhere, dispatch=here), 1))
+    state = init_state(recipe, _init(Model(recipe.model.config), 1))
     frozen = {"teacher": _init(teacher, 2)}
     where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
     frozen_where = place.state_shardings(frozen, {"teacher": teacher.logical_axes()})
     return jax.device_put(state, where), jax.device_put(frozen, frozen_where), where
 
 
-def _run(mesh, microbatches, batches, student=STUDENT, devices=None, objective=OBJECTIVE):
-    """Return the metrics of each step and the parameters at the end, as numpy."""
+KEPT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, _, params=None: (gradients, gradients)
+)
+"""Keeps the gradients that it is given in its state, and gives them on."""
+
+
+def _run(mesh, microbatches, batches=BATCHES, student=STUDENT, devices=None, objective=OBJECTIVE):
+    """Return the metrics and summed gradients of each step of SGD and the parameters at the end, as numpy."""
     place = placement(MeshConfig(**mesh), devices)
-    recipe = _recipe(place, microbatches, student=student, objective=objective)
+    optimizer = optax.chain(KEPT, optax.sgd(0.5))
+    recipe = _recipe(place, microbatches, optimizer, student=student, objective=objective)
     state, frozen, where = _start(recipe, place)
-    do, logged = place.compile_step(partial(step, recipe=recipe), where), []
+    do, logged, gradients = place.compile_step(partial(step, recipe=recipe), where), [], []
+    part, parts = place.reading
     for batch in batches:
-        state, metrics = do(state, frozen, place.put_batch(batch))
+        own = jax.tree.map(lambda x: np.split(x, parts)[part], batch)
+        state, metrics = do(state, frozen, place.put_batch(own))
         logged.append({name: float(value) for name, value in metrics.items()})
-    return logged, jax.tree.map(np.asarray, state.params)
+        gradients.append(_whole(state.opt_state[0]))
+    return logged, gradients, _whole(state.params)
+
+
+def _whole(tree):
+    """Return arrays as numpy, wherever their parts lie."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
+
+
+def agree(got, want):
+    """Compare two runs to 1e-5: each number, and each tensor by its norm, from 1e-6 of the norm of all on.
+
+    Parameters too: they are those of SGD. Adam would turn the rounding of a gradient that should be 0 into a step.
+    """
+    for ours, theirs in zip(got[0], want[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    for ours, theirs in zip([*got[1], got[2]], [*want[1], want[2]], strict=True):
+        floor = 1e-6 * optax.global_norm(theirs)
+        for path, exact in jax.tree.leaves_with_path(theirs):
+            error = np.linalg.norm(exact - functools.reduce(lambda tree, key: tree[key.key], path, ours))
+            assert error <= max(1e-5 * np.linalg.norm(exact), floor), jax.tree_util.keystr(path)
 
 
 def _gradient(recipe, batch, params=None):
@@ -139,32 +176,29 @@ def _close(got, want):
         np.testing.assert_allclose(a, b, rtol=3e-6, atol=2e-7)
 
 
+ALONE = {"mesh": {"data": 1}, "microbatches": 1, "devices": jax.devices()[:1]}
+
+
 @pytest.fixture(scope="module")
 def alone():
-    return {
-        rate: _run(
-            {"data": 1}, 1, [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=rate), jax.devices()[:1]
-        )
-        for rate in (0.0, 0.2)
-    }
+    return {rate: _run(**ALONE, student=replace(STUDENT, dropout=rate)) for rate in (0.0, 0.2)}
 
 
 @pytest.mark.parametrize("name", _placements(PLACES))
 def test_trap_4_every_placement_and_accumulation_gives_the_same(name, alone):
-    """Losses, gradient norm and, under SGD, parameters: so the summed gradients, on rows of uneven length."""
-    _close(_run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)]), alone[0.0])
+    """Losses, summed gradients and, under SGD, parameters of five steps on rows of uneven length."""
+    agree(_run(*PLACES[name]), alone[0.0])
 
 
 @pytest.fixture(scope="module")
 def alone_with_inner_layers():
-    batches = [_uneven_batch(0), _uneven_batch(1)]
-    return _run({"data": 1}, 1, batches, devices=jax.devices()[:1], objective=INNER)
+    return _run(**ALONE, batches=BATCHES[:2], objective=INNER)
 
 
 @pytest.mark.parametrize("name", _placements(PLACES, ("data 2, fsdp 2, tensor 2",)))
 def test_trap_4_losses_of_inner_layers_add_up_likewise(name, alone_with_inner_layers):
-    logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], objective=INNER)
-    _close((logged, params), alone_with_inner_layers)
+    logged, gradients, params = _run(*PLACES[name], BATCHES[:2], objective=INNER)
+    agree((logged, gradients, params), alone_with_inner_layers)
     assert all(logged[0][feature.kind] > 0 for feature in INNER.features)
     start = init_state(_recipe(objective=INNER), _init(Model(STUDENT), 1)).params["projections"]
     moved = [np.abs(params["projections"][name]["kernel"] - start[name]["kernel"]).max() for name in PROJECTIONS]
@@ -173,9 +207,8 @@ def test_trap_4_losses_of_inner_layers_add_up_likewise(name, alone_with_inner_la
 
 @pytest.fixture(scope="module")
 def alone_with_experts():
-    batches = [_uneven_batch(0), _uneven_batch(1)]
     return {
-        weight: _run({"data": 1}, 1, batches, MOE, jax.devices()[:1], replace(OBJECTIVE, load_balance=weight))
+        weight: _run(**ALONE, batches=BATCHES[:2], student=MOE, objective=replace(OBJECTIVE, load_balance=weight))
         for weight in (0.0, 0.1)
     }
 
@@ -188,10 +221,9 @@ def test_trap_4_experts_lie_anywhere(name, alone_with_experts):
     """
     mesh, microbatches = PLACES[name]
     weight = 0.0 if microbatches > 1 or "placement" in mesh else 0.1
-    batches, objective = [_uneven_batch(0), _uneven_batch(1)], replace(OBJECTIVE, load_balance=weight)
-    logged, params = _run(mesh, microbatches, batches, MOE, objective=objective)
-    _close((logged, params), alone_with_experts[weight])
-    assert ("load_balance" in logged[0]) == bool(weight)
+    found = _run(mesh, microbatches, BATCHES[:2], MOE, objective=replace(OBJECTIVE, load_balance=weight))
+    agree(found, alone_with_experts[weight])
+    assert ("load_balance" in found[0][0]) == bool(weight)
 
 
 @pytest.mark.slow
@@ -212,9 +244,9 @@ def test_the_load_balance_of_microbatches_counts_by_their_real_tokens():
     "name", ["data 2, fsdp 2, tensor 2", pytest.param("pmap, 2 microbatches", marks=pytest.mark.slow)]
 )
 def test_trap_27_dropout_is_drawn_by_global_row(name, alone):
-    logged, params = _run(*PLACES[name], [_uneven_batch(0), _uneven_batch(1)], replace(STUDENT, dropout=0.2))
-    _close((logged, params), alone[0.2])
-    assert abs(logged[0]["loss"] - alone[0.0][0][0]["loss"]) > 1e-4, "dropout is on"
+    found = _run(*PLACES[name], student=replace(STUDENT, dropout=0.2))
+    agree(found, alone[0.2])
+    assert abs(found[0][0]["loss"] - alone[0.0][0][0]["loss"]) > 1e-4, "dropout is on"
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Models: one Transformer, a table of families, and weights from files, lazily."""
 
-from kdjax.models.attention import Cache, Prefix
+from kdjax.models.attention import Cache, Prefix, attend
 from kdjax.models.config import DType, ModelConfig, ModelSpec
 from kdjax.models.convert import export
 from kdjax.models.gist import compressed
@@ -24,6 +24,7 @@ __all__ = [
     "ModelFile",
     "ModelSpec",
     "Prefix",
+    "attend",
     "bare",
     "byte_count",
     "compressed",

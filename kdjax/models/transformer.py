@@ -227,7 +227,7 @@ class Model:
         config: the architecture.
         dtype: of the computation; norms, softmax and rotary angles are float32 always.
         remat: what the backward pass recomputes.
-        attention: the kernel, `attend` unless the work crosses devices.
+        attention: the kernel; `Placement.attention(attend)` where the tokens of a row lie on several devices.
         layout: says where activations lie (`Placement.constrain`); `anywhere` leaves it open.
         dispatch: takes tokens to experts that lie on several devices (`Placement.dispatch`); `here` knows but one.
     """
@@ -281,7 +281,8 @@ class Model:
         if prefix is not None:
             prefix.check(self.config, view.tokens_BT.shape[0])
         gist_PD = params.get(GIST, {}).get("embedding")
-        if gist_PD is not None and self.attention is not attend:
+        kernel = getattr(self.attention, "kernel", self.attention)  # of one that crosses devices
+        if gist_PD is not None and kernel is not attend:
             raise UserError(
                 "a gist wants the kernel kdjax.models.attention.attend, which reads the mask; leave out one"
             )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from module_text import COLLECTIVE, loops
 
 from kdjax.errors import UserError
 from kdjax.losses import DIVERGENCES, IMPLEMENTATIONS, ObjectiveConfig, fused, fused_kd_loss, head_logits
@@ -387,7 +388,9 @@ def test_evaluation_computes_no_gradient():
 
 
 @pytest.mark.parametrize("divergence", _every_divergence())
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 4, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str
+)
 def test_a_mesh_of_any_shape_gives_what_one_device_gives(mesh, divergence):
     objective = ObjectiveConfig(0.3, 2.0, divergence, chunk_tokens=4)
     alone, start = _fused(_problem(), objective, HEADS["all"])
@@ -414,30 +417,16 @@ def _compiled(mesh, chunk, n=512, v=96):
     return compiled, jax.device_put(problem, where)
 
 
-def _loops(module):
-    """Return the text of the body, and of all that it calls, of each loop in a compiled module."""
-    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", module, re.M | re.S))
-
-    def whole(name, seen):
-        if name in seen or name not in bodies:
-            return ""
-        seen.add(name)
-        return bodies[name] + "".join(whole(n, seen) for n in re.findall(r"%([\w.\-]+)", bodies[name]))
-
-    return [whole(body, set()) for body in re.findall(r"while\(.*?body=%?([\w.\-]+)", module)]
-
-
-def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks):
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "context": 4}], ids=str)
+def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks, mesh):
     """512 tokens in chunks of 16 on 8 devices: 32 chunks are computed, and nothing crosses devices inside."""
-    compiled, problem = _compiled({"data": 8}, 16)
+    compiled, problem = _compiled(mesh, 16)
     jax.block_until_ready(compiled(*problem))
     jax.effects_barrier()
     assert chunks == [16] * (512 // 16)
     module = compiled.as_text()
-    collective = r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-    loops = _loops(module)
-    assert any(re.search(r"f32\[16,96\]", body) for body in loops)
-    assert not any(re.search(collective, body) for body in loops)
+    assert any(re.search(r"f32\[16,96\]", body) for body in loops(module))
+    assert not any(re.search(COLLECTIVE, body) for body in loops(module))
     assert re.search(r"all-reduce", module), "dW is summed once, after the loop"
     assert not re.search(r"all-gather", module) and not re.search(r"\[512,(16|24)\]", module)
 
@@ -445,11 +434,10 @@ def test_trap_26_each_device_runs_its_own_chunks_and_gathers_no_tokens(chunks):
 def test_a_vocabulary_on_eight_devices_sends_figures_of_tokens_alone():
     """Nothing is gathered; inside the loop each all-reduce is of one number a token, after it dh is summed once."""
     module = _compiled({"data": 1, "tensor": 8}, 16, n=64)[0].as_text()
-    collective = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    inside = [found for body in _loops(module) for found in re.findall(collective, body)]
+    inside = [found for body in loops(module) for found in re.findall(COLLECTIVE, body)]
     assert inside and {kind for _, kind in inside} == {"all-reduce"}
     assert all(set(re.findall(r"\w+\[([\d,]*)\]", shapes)) <= {"16", ""} for shapes, _ in inside)
-    assert {kind for _, kind in re.findall(collective, module)} == {"all-reduce"}
+    assert {kind for _, kind in re.findall(COLLECTIVE, module)} == {"all-reduce"}
 
 
 def test_no_logits_of_all_tokens_exist():
