@@ -15,6 +15,7 @@ from kdjax import build
 from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
 from kdjax.models.config import Rope
+from kdjax.models.known import known_architecture
 from kdjax.models.registry import FAMILIES
 from kdjax.pipeline import PipelineConfig
 from kdjax.prompts.config import EffectConfig, PromptsConfig
@@ -56,7 +57,7 @@ def shape_of(source):
         return FAMILIES["bert"].config_from_hf(sizes | {"architectures": ["BertModel"]})
     if source.startswith("runs/"):
         return configs.load(str(ROOT / "configs" / f"{Path(source).name}.py")).student.architecture
-    return SMOLLM2
+    return known_architecture(source) or SMOLLM2
 
 
 def unread(source):

@@ -1,0 +1,70 @@
+"""Plans of large recipes, compiled for machines that are not here: memory and collectives, chunked loss beside plain.
+
+COMMAND: python -m benchmarks.plans       (up to an hour on 2 CPU cores; needs pip install -e ".[plan-tpu,plan-gpu]")
+
+Rows are appended to benchmarks/results/plans.jsonl as they come, and those that are there are not made again; the
+pages of docs/plans are written from them. Nothing is run: speed and numbers cannot be had this way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks import harness
+from kdjax import config as configs
+from kdjax.plan.job import plan
+from kdjax.plan.page import markdown
+
+RESULTS = harness.RESULTS / "plans.jsonl"
+PAGES = harness.ROOT / "docs" / "plans"
+LOSSES = ("chunked", "reference")
+CASES = {
+    "llama31_8b_to_1b_v5e256": ("v5e:16x16", "v5p:4x4x8"),
+    "qwen3_8b_to_0p6b_h100x8": ("gpu:8xH100",),
+    "smollm2_1p7b_to_360m_1gpu": ("gpu:1xH100",),
+}
+"""Recipe -> the machines that it is planned for, with each loss."""
+
+
+def page(name: str, rows: Sequence[harness.Row]) -> str:
+    """Return the page of a recipe."""
+    own = [row["plan"] for row in rows if row["plan"]["name"] == name]
+    here = next(row["environment"] for row in rows if row["plan"]["name"] == name)
+    return (
+        markdown(f"Planned: {name}", own)
+        + f"\nWritten by `python -m benchmarks.plans` from benchmarks/results/plans.jsonl; jax {here['jax']}, commit "
+        f"{here.get('commit', 'unknown')}.\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the plans that are not there yet, then write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES), help="recipes to plan")
+    options = parser.parse_args(arguments)
+    rows = harness.read(RESULTS)
+    for name in options.only:
+        config = configs.load(str(harness.ROOT / "configs" / f"{name}.py"))
+        for topology, loss in ((topology, loss) for topology in CASES[name] for loss in LOSSES):
+            asked = {"name": name, "topology": topology, "loss": loss}
+            if any(asked.items() <= row["plan"].items() for row in rows):
+                continue
+            began = time.perf_counter()
+            made = plan(replace(config, objective=replace(config.objective, implementation=loss)), topology)
+            row = {"what": "plan", "plan": made, "seconds": time.perf_counter() - began}
+            row |= {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": harness.environment()}
+            harness.append(RESULTS, [row])
+            rows.append(row)
+            print(json.dumps(asked | {"peak": made["memory"]["peak"]}), flush=True)
+    PAGES.mkdir(exist_ok=True)
+    for name in CASES:
+        if any(row["plan"]["name"] == name for row in rows):
+            (PAGES / f"{name}.md").write_text(page(name, rows))
+
+
+if __name__ == "__main__":
+    main()
