@@ -76,23 +76,33 @@ def work_bytes(job: Job, sizes: Sizes, trained: int) -> float:
         trained: bytes of its trained parameters.
     """
     student, spec = job.student.model.config, job.student.spec
-    width = WIDTHS[spec.dtype]
-    gradients = 2 * trained  # those added up, and a microbatch's
-    logits = COPIES * 4 * sizes.chunk * sizes.columns if job.config.objective.logits else 0
-    head = (4 + 4 + width) * student.width * sizes.columns if job.config.objective.logits else 0
-    scores = 0 if sizes.is_flash else student.heads / sizes.tensor * sizes.length * (4 + width)
-    per_layer = layer_widths(student) * 2 * width / sizes.tensor + scores
-    kept = {"none": per_layer, "dots": layer_widths(student) * width / sizes.tensor, "full": student.width * width}
-    saved = student.layers * sizes.tokens * kept[spec.remat] + 2 * sizes.tokens * per_layer
-    gathered, teacher_work = _layer_bytes(student, spec) + student.vocab_size * student.width * width, 0.0
+    width, has_head = WIDTHS[spec.dtype], job.config.objective.logits
+    of_layer = _at_work(student, spec, sizes, 2)
+    kept = {"none": of_layer, "dots": layer_widths(student) * width / sizes.tensor, "full": student.width * width}
+    saved = student.layers * sizes.tokens * kept[spec.remat]
+    gradient = 4 * student.width * sizes.columns if has_head else 0  # of the head, whole, from the loss on
+    phases = [saved + sizes.tokens * of_layer + _gathered(student, spec, sizes) + gradient]
+    head = gradient + width * student.width * sizes.columns
     if job.teacher is not None:
-        c, its = job.teacher.model.config, WIDTHS[job.teacher.spec.dtype]
-        head += its * c.width * sizes.columns if job.config.objective.logits else 0
-        gathered += _layer_bytes(c, job.teacher.spec) + c.vocab_size * c.width * its
-        its_scores = 0 if sizes.is_flash else c.heads / sizes.tensor * sizes.length * (4 + its)
-        teacher_work = 2 * sizes.tokens * (layer_widths(c) * its / sizes.tensor + its_scores)
-    gathered = gathered / sizes.tensor if sizes.gathers > 1 else 0
-    return gradients + head + max(logits + sizes.tokens * student.width * 4, saved, teacher_work) + gathered
+        c, its = job.teacher.model.config, job.teacher.spec
+        phases.append(sizes.tokens * _at_work(c, its, sizes, 1) + _gathered(c, its, sizes))
+        head += WIDTHS[its.dtype] * c.width * sizes.columns
+    if has_head:
+        phases.append(saved + head + COPIES * 4 * sizes.chunk * sizes.columns)
+    return 2 * trained + max(phases)  # gradients: those added up, and a microbatch's
+
+
+def _at_work(c: ModelConfig, spec: ModelSpec, sizes: Sizes, directions: int) -> float:
+    """Return the bytes of a layer's inner values that exist at one time, for a token."""
+    width = WIDTHS[spec.dtype]
+    scores = 0 if sizes.is_flash else c.heads * sizes.length * (4 + width)
+    return (directions * layer_widths(c) * width + scores) / sizes.tensor
+
+
+def _gathered(c: ModelConfig, spec: ModelSpec, sizes: Sizes) -> float:
+    """Return the bytes of a layer and the embedding, which a device gathers from those that parameters lie on."""
+    whole = _layer_bytes(c, spec) + WIDTHS[spec.dtype] * c.vocab_size * c.width
+    return whole / sizes.tensor if sizes.gathers > 1 else 0
 
 
 def _layer_bytes(c: ModelConfig, spec: ModelSpec) -> float:

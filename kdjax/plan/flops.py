@@ -96,6 +96,7 @@ def step_flops(config: Config, student: ModelConfig, teacher: ModelConfig | None
     backward = 1 + trained_share(config.student)  # gradients of inputs, and of the weights that are trained
     trained = (1 + backward) * own.weights
     again = RECOMPUTED[config.student.remat]
+    recompute = again[0] * (own.weights - _unread(student, rows * tokens)) + again[1] * own.attention
     columns = student.labels or student.vocab_size
     head = 2.0 * rows * tokens * columns if config.objective.logits else 0.0
     loss, taught, taught_seen = 3 * head * student.width, 0.0, 0.0
@@ -107,10 +108,16 @@ def step_flops(config: Config, student: ModelConfig, teacher: ModelConfig | None
     return Flops(
         teacher=taught,
         student=trained + 3 * own.attention,
-        recompute=again[0] * own.weights + again[1] * own.attention,
+        recompute=recompute,
         loss=loss,
         useful=taught_seen + trained + 3 * own.seen + loss,
     )
+
+
+def _unread(c: ModelConfig, tokens: int) -> float:
+    """Return the FLOPs whose result no gradient needs: each layer's last matmul, where it is added as it is."""
+    is_last = not c.experts and c.norms == "before" and not c.parallel
+    return 2.0 * tokens * c.layers * c.mlp_width * c.width if is_last else 0.0
 
 
 def trained_share(spec: ModelSpec) -> float:

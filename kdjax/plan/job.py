@@ -32,6 +32,8 @@ def plan(config: Config, topology: str, price: float | None = None, sweep: int =
     machine(topology)  # what is wrong with a name is said before anything starts
     if price is not None and not price >= 0:
         raise UserError(f"--price is {price}; wanted dollars for a chip and an hour, at least 0")
+    if sweep < 0:
+        raise UserError(f"--sweep is {sweep}; wanted how many plans that fit to compile, at least 1")
     request = {"config": asdict(config), "topology": topology, "price": price, "sweep": sweep}
     flags = " ".join(
         part for part in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in part
