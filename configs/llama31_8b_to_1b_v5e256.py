@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax train configs/llama31_8b_to_1b_v5e256.py
 HARDWARE: TPU v5e, 256 chips (16x16)
-TIME:     not run
-RESULT:   not run
+TIME:     not run; planned: docs/plans/llama31_8b_to_1b_v5e256.md
+RESULT:   not run; planned: its step fits 256 chips, what it learns is not known
 """
 
 from kdjax.checkpoint import CheckpointConfig

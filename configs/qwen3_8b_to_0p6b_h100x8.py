@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax train configs/qwen3_8b_to_0p6b_h100x8.py
 HARDWARE: 8 NVIDIA H100 (SXM, 80 GB), one node
-TIME:     not run
-RESULT:   not run
+TIME:     not run; planned: docs/plans/qwen3_8b_to_0p6b_h100x8.md
+RESULT:   not run; planned: its step fits the node, what it learns is not known
 """
 
 from kdjax.checkpoint import CheckpointConfig

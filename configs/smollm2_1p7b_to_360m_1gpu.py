@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax train configs/smollm2_1p7b_to_360m_1gpu.py
 HARDWARE: one NVIDIA H100 (80 GB)
-TIME:     not run
-RESULT:   not run
+TIME:     not run; planned: docs/plans/smollm2_1p7b_to_360m_1gpu.md
+RESULT:   not run; planned: its step fits the GPU, what it learns is not known
 """
 
 from kdjax.checkpoint import CheckpointConfig

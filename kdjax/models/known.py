@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdjax.models.config import ModelConfig
+from kdjax.models.fetch import hub_config
 from kdjax.models.registry import family_named
 
 _LLAMA3 = {
@@ -62,6 +63,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def known_architecture(source: str) -> ModelConfig | None:
-    """Return the architecture of a model that is known without its files, or None."""
-    hf = CONFIGS.get(source)
-    return None if hf is None else family_named(hf["model_type"]).config_from_hf(hf)
+    """Return the architecture of a model that is known without its weights, or None where its files are to be opened.
+
+    Of a hub id that is not listed its config.json is got, and nothing else.
+
+    Raises:
+        UserError: it cannot be got, or is of a family that kdjax does not know.
+    """
+    hf = CONFIGS.get(source) or hub_config(source)
+    return None if hf is None else family_named(hf.get("model_type")).config_from_hf(hf)

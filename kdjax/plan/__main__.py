@@ -17,8 +17,9 @@ from kdjax.plan.measure import measure, sweep
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # compilers print where they like
+    answer, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
+    for descriptor in (1, 2):  # compilers print there what only their developers want
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     wanted = machine(request["topology"])
     jax.config.update("jax_num_cpu_devices", wanted.device_count)
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for no device cannot be read back
@@ -30,6 +31,8 @@ def main() -> None:
             found = measure(config, wanted, request["price"])
     except UserError as error:
         found = {"error": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        found = {"error": f"the compiler for {wanted.name} failed: {str(error).splitlines()[0]}"}
     json.dump(found, answer)
     answer.close()
 

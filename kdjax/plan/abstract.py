@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,8 +20,6 @@ from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.named import Named, models
 from kdjax.shapes import Batch, View
 from kdjax.sharding import Placement, placement
-
-log = logging.getLogger(__name__)
 
 
 def abstract_job(config: Config, devices: Sequence[Any]) -> Job:

@@ -42,13 +42,14 @@ def plan(config: Config, topology: str, price: float | None = None, sweep: int =
         [sys.executable, "-m", "kdjax.plan"],
         input=json.dumps(request),
         env=os.environ | ENVIRONMENT | {"XLA_FLAGS": flags},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
     if done.returncode or not done.stdout:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        why = said[-1] if said else f"exit code {done.returncode}"
-        raise UserError(f"the process that plans for {topology} ended: {why}")
+        raise UserError(
+            f"the process that plans for {topology} ended with exit code {done.returncode}; below 0 it was killed, for "
+            "memory perhaps"
+        )
     found = json.loads(done.stdout)
     if "error" in found:
         raise UserError(found["error"])

@@ -111,6 +111,30 @@ def test_what_is_not_known_is_opened_and_what_is_not_there_is_one_line():
         unread("nothing")
 
 
+def test_of_a_hub_id_that_is_not_listed_the_config_alone_is_got(monkeypatch, tmp_path, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def give(name, file, local_dir):
+        asked.append((name, file))
+        path = Path(local_dir) / file
+        path.write_text(json.dumps(CONFIGS["Qwen/Qwen3-0.6B"] | {"num_hidden_layers": 3}))
+        return str(path)
+
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hf_hub_download", give)
+    assert unread("some/model").config == replace(known_architecture("Qwen/Qwen3-0.6B"), layers=3)
+    assert asked == [("some/model", "config.json")] and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.count("\n") == 1
+
+    def refuse(name, file, local_dir):
+        raise RuntimeError("no network\nat all")
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"does not give the config.json of some/model \(no network\)$"):
+        unread("some/model")
+
+
 @pytest.fixture
 def small_chip(monkeypatch):
     """A chip whose memory holds next to nothing, and whose rates are round."""
@@ -284,3 +308,46 @@ def test_a_large_recipe_is_planned_at_its_real_size(name):
     found = json.loads(done.stdout)
     assert found["memory"]["fits"] and 0 < found["estimate"]["without_overlap"]["mfu"] < 1
     assert found["parameters"]["teacher"] > 4 * found["parameters"]["student"] > 10**9
+
+
+GROWTH = """
+import json, sys
+import jax
+from benchmarks.harness import resident_growth
+from kdjax import build, config
+from kdjax.plan.chips import machine
+from kdjax.plan.measure import measure
+asked = config.load(sys.argv[1])
+work = measure(asked, machine("cpu:1"))["memory"]["work"]
+job = build.build(asked)
+frozen, state, stream = job.frozen(), job.start(), job.data.train(None, prefetch=0)
+batches = [job.place.put_batch(next(stream)[0]) for _ in range(3)]
+step = job.step.lower(state, frozen, batches[0]).compile()
+def steps():
+    global state
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready((state, metrics))
+print(json.dumps({"work": work, "grown": [resident_growth(steps) for _ in range(3)]}))
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_what_a_process_grows_by(tmp_path):
+    """Over the first three steps, models and batches being there already; the least of three times."""
+    sizes = {"vocab_size=264": "vocab_size=4096", "width=16": "width=128", "head_width=8": "head_width=64"}
+    text = tiny_run.RECIPE
+    for old, new in (sizes | {"mlp_width=32": "mlp_width=256", "sequence_length=32": "sequence_length=256"}).items():
+        text = text.replace(old, new)
+    path = tiny_run.write_recipe(tmp_path, text)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["work"] > 50e6
+    assert min(found["grown"]) == pytest.approx(found["work"], rel=0.1)
