@@ -130,7 +130,7 @@ def _collective(line: str, shape: str, opcode: str, mesh: Mapping[str, int]) -> 
     kind = opcode.removesuffix("-start")
     axis, group = axis_of(line, mesh)
     sizes = [_bytes(*part) for part in _SHAPE.findall(shape)]
-    if opcode == "all-gather-start":  # (what is given, what comes back)
+    if opcode in ("all-gather-start", "reduce-scatter-start"):  # (what is given, what comes back)
         sizes = sizes[len(sizes) // 2 :]
     if opcode == "collective-permute-start":
         sizes = sizes[:1]

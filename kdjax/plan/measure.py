@@ -72,7 +72,7 @@ def _compiled(job: Job, kind: str) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        asked = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", str(error))
+        asked = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMG])\b", str(error))
         peak = int(float(asked[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[asked[2]]) if asked else None
         return Compiled(peak, None, None, _first_line(str(error)))
     sizes: Any = made.memory_analysis()
@@ -175,13 +175,15 @@ def _notes(job: Job, compiled: Compiled | None, is_flash: bool, kind: str) -> li
     """Return what a reader should know of this plan beyond its figures."""
     said = {
         "attention is XLA's own, which keeps the scores of a layer in memory": not is_flash,
-        "the network's time is not known without a compiler: the time at best is too low": compiled is None,
+        "the network's time is not known where nothing was compiled: times are too low": (
+            compiled is None or compiled.found is None
+        ),
         "the teacher reads the whole of its view in each row: what its views share is not taken off": bool(
             job.config.data.teacher_view
         ),
         "an XLA for GPUs never says that a step does not fit; JAX takes three quarters of a GPU's memory unless "
         "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise": kind == "gpu",
-        "compiled, not run: speed and numbers are not verified": compiled is not None,
+        "compiled, not run: speed and numbers are not verified": compiled is not None and not compiled.refused,
     }
     return [note for note, holds in said.items() if holds]
 

@@ -57,6 +57,11 @@ def _mesh(plan: Plan) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "1 device"
 
 
+def _loss(plan: Plan) -> str:
+    is_chunked = plan["loss"] == "chunked"
+    return f"chunked, {plan['chunk_tokens']:,} tokens at a time" if is_chunked else "plain, all tokens at once"
+
+
 def _dollars(value: float) -> str:
     return f"${value:,.2f}"
 
@@ -66,7 +71,8 @@ ROWS: dict[str, Callable[[Plan], str]] = {
     "memory and collectives by": lambda plan: plan["by"],
     "mesh": _mesh,
     "batch": lambda plan: f"{plan['batch_size']} × {plan['sequence_length']}, {plan['microbatches']} microbatch(es)",
-    "remat, loss": lambda plan: f"{plan['remat']}, {plan['loss']} ({plan['chunk_tokens']} tokens a chunk)",
+    "remat": lambda plan: plan["remat"],
+    "loss": _loss,
     "parameters: teacher, student": lambda plan: ", ".join(count(size) for size in plan["parameters"].values()),
     "teacher, a device": lambda plan: gib(plan["memory"]["teacher"]),
     "student, a device": lambda plan: gib(plan["memory"]["student"]),
@@ -77,7 +83,7 @@ ROWS: dict[str, Callable[[Plan], str]] = {
     "FLOPs of a step: teacher": lambda plan: flop(plan["flops"]["teacher"]),
     "student": lambda plan: flop(plan["flops"]["student"]),
     "computed again (remat)": lambda plan: flop(plan["flops"]["recompute"]),
-    "loss": lambda plan: flop(plan["flops"]["loss"]),
+    "both heads": lambda plan: flop(plan["flops"]["loss"]),
     "least time: FLOPs": _estimated("seconds", "compute", show=seconds),
     "least time: memory": _estimated("seconds", "memory", show=seconds),
     "least time: network": _estimated("seconds", "network", show=seconds),
@@ -154,7 +160,7 @@ def markdown(title: str, plans: Sequence[Plan]) -> str:
     """Return a page: figures side by side, then each plan's collectives and remarks."""
     lines = [f"# {title}", "", *_markdown_table(*figures(plans))]
     for plan in plans:
-        lines += ["", f"## {plan['topology']}, {plan['loss']} loss", ""]
+        lines += ["", f"## {plan['topology']}, loss {_loss(plan)}", ""]
         if plan["collectives"]:
             lines += [*_markdown_table(*sent(plan)), ""]
         lines += [f"- {line}" for line in said(plan)]

@@ -149,3 +149,27 @@ def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once_and_its_loop_i
     found = collectives(TPU, {"data": 1, "fsdp": 8})
     assert found == [Collective("all-gather", "fsdp", 8, 32, 32 * 2 * 16 * 8)]
     assert np.isclose(found[0].sent, 32 * 2 * 16 * 8 * 7 / 8)
+
+
+GPU = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (p: bf16[32,16], q: bf16[4,16]) -> (bf16[4,16], bf16[4,2]) {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %q = bf16[4,16]{1,0} parameter(1)
+  %s = ((bf16[32,16]{1,0}, bf16[32,2]{1,0}), (bf16[4,16]{1,0}, bf16[4,2]{1,0})) reduce-scatter-start(%p, %p), channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true
+  %d = (bf16[4,16]{1,0}, bf16[4,2]{1,0}) reduce-scatter-done(%s)
+  %g = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%q), channel_id=2, replica_groups=[1,8]<=[8], use_global_device_ids=true
+  %h = bf16[32,16]{1,0} all-gather-done(%g)
+  %r = bf16[32,16]{1,0} all-reduce-start(%h), channel_id=3, replica_groups=[1,8]<=[8], use_global_device_ids=true
+  %e = bf16[32,16]{1,0} all-reduce-done(%r)
+  ROOT %t = (bf16[4,16]{1,0}, bf16[4,2]{1,0}) tuple(%d, %d)
+}
+"""  # noqa: E501
+
+
+def test_what_a_gpu_starts_and_ends_counts_once_and_whole():
+    assert collectives(GPU, {"data": 1, "fsdp": 8}) == [
+        Collective("reduce-scatter", "fsdp", 8, 1, 2 * 32 * (16 + 2)),
+        Collective("all-gather", "fsdp", 8, 1, 2 * 32 * 16),
+        Collective("all-reduce", "fsdp", 8, 1, 2 * 32 * 16),
+    ]

@@ -12,6 +12,7 @@ import jax
 import pytest
 import tiny_run
 
+from benchmarks import harness, plans
 from kdjax import build
 from kdjax import config as configs
 from kdjax.cli import main
@@ -191,6 +192,29 @@ def test_advice_leaves_out_what_is_done_already(tiny, small_chip):
     assert found and not any("remat" in line or "student.dtype" in line for line in found)
 
 
+@pytest.mark.parametrize(
+    ("said", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nRan out of memory. Used 20.5G of 15.75G hbm.", 20.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out, the total memory required for HLO temporaries (196.5G) exceeds (15.75G).",
+            196.5,
+        ),
+        ("RESOURCE_EXHAUSTED: no figure", None),
+    ],
+)
+def test_what_a_compiler_refuses_does_not_fit(tiny, monkeypatch, said, peak):
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = measure(replace(tiny, mesh=MeshConfig()), replace(machine("cpu:8"), name="a machine"))
+    memory = found["memory"]
+    assert memory["refused"] in said and memory["peak"] == (None if peak is None else int(peak * 2**30))
+    assert found["collectives"] is None and any("network" in note for note in found["notes"])
+    assert memory["refused"] in render(plan_table(found))
+
+
 def test_candidates_fill_the_machine_each_in_its_own_way(tiny):
     found = [(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.microbatches) for c in candidates(tiny, 8)]
     assert len(set(found)) == len(found) == 4 * 10
@@ -351,3 +375,12 @@ def test_the_peak_is_what_a_process_grows_by(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["work"] > 50e6
     assert min(found["grown"]) == pytest.approx(found["work"], rel=0.1)
+
+
+def test_committed_plans_are_those_of_the_results_and_recipes_name_them():
+    rows = harness.read(plans.RESULTS)
+    for name in LARGE:
+        page = plans.PAGES / f"{name}.md"
+        assert page.read_text() == plans.page(name, rows), "run python -m benchmarks.plans"
+        assert f"planned: docs/plans/{page.name}" in (ROOT / "configs" / f"{name}.py").read_text()
+    assert tuple(plans.CASES) == LARGE
