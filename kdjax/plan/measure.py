@@ -56,7 +56,7 @@ def measure(config: Config, machine: Machine, price: float | None = None, compil
         devices = devices_of(machine) if compiles and is_there else jax.devices("cpu")[: machine.device_count]
         job = abstract_job(config, devices)
         compiled = _compiled(job, kind) if compiles and is_there else None
-        plan = _told(job, machine, compiled, price)
+        plan = told(job, machine, compiled, price)
     if compiles and not is_there:
         plan["notes"].append(
             f"no compiler for {machine.model} is installed (pip install 'kdjax[plan-{kind}]'): all of it is estimated"
@@ -89,14 +89,15 @@ def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if "used" in line.lower()), text.splitlines()[0])
 
 
-def _told(job: Job, machine: Machine, compiled: Compiled | None, price: float | None) -> Plan:
+def told(job: Job, machine: Machine, compiled: Compiled | None, price: float | None = None) -> Plan:
+    """Return the plan of a job by what its compiler says, or by estimates where it was not compiled."""
     config, kind = job.config, machine.chip.kind
     held, sizes = _held(job), sizes_of(job, kind)
     estimated = sum(held[name] for name in held if name != "trained") + work_bytes(job, sizes, held["trained"])
     teacher = None if job.teacher is None else job.teacher.model.config
     flops = step_flops(config, job.student.model.config, teacher)
     found = None if compiled is None else compiled.found
-    told = estimate(job, machine, flops, moved_bytes(job, sizes, held), found, price)
+    bounds = estimate(job, machine, flops, moved_bytes(job, sizes, held), found, price)
     peak = estimated if compiled is None else compiled.peak
     reserved = None if compiled is None else compiled.reserved
     limit = machine.chip.memory / machine.chip.devices
@@ -129,7 +130,7 @@ def _told(job: Job, machine: Machine, compiled: Compiled | None, price: float | 
         },
         "flops": asdict(flops) | {"done": flops.done},
         "collectives": None if found is None else [asdict(row) | {"sent": row.sent} for row in found],
-        "estimate": told,
+        "estimate": bounds,
         "price": price,
         "notes": _notes(job, compiled, sizes.is_flash, kind),
         "versions": {"jax": jax.__version__},
@@ -216,8 +217,8 @@ def sweep(config: Config, machine: Machine, price: float | None, compiled: int) 
 
 def rank(plan: Plan) -> tuple[bool, float]:
     """Return what plans are ordered by: whether they fit, then the time if nothing overlaps, else memory."""
-    told = plan["estimate"]
-    time = told["without_overlap"]["seconds"] if told else plan["memory"]["peak_estimated"]
+    bounds = plan["estimate"]
+    time = bounds["without_overlap"]["seconds"] if bounds else plan["memory"]["peak_estimated"]
     return plan["memory"]["fits"] is False, time
 
 
