@@ -20,13 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import kdjax.plan
 from benchmarks import harness
 from benchmarks.loss import ALPHA, JSD, LIGER
 from benchmarks.loss_cases import Inputs, Size, chunked, gradients, plain
 from kdjax.losses import ObjectiveConfig
 
 RESULTS = harness.RESULTS / "loss_compiled.jsonl"
-TARGETS = Path(__file__).parent / "targets"
+TARGETS = Path(kdjax.plan.__file__).parent
 
 
 def shapes(size: Size, where: Any) -> Inputs:
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print and record; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted(path.stem for path in TARGETS.glob("*.txtpb"))
-    parser.add_argument("--target", choices=names, default="h200", help="a file of benchmarks/targets")
+    parser.add_argument("--target", choices=names, default="h200", help="a file of kdjax/plan")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 1024, 512], metavar="C")
     options = parser.parse_args(arguments)
     os.environ["JAX_PLATFORMS"] = "cpu"

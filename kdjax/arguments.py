@@ -51,6 +51,37 @@ def add_launch(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plan(command: argparse.ArgumentParser) -> None:
+    """Add a config, the machine, and how the plan is shown; further flags are the config's own."""
+    command.usage = f"{command.prog} CONFIG --topology MACHINE [--FIELD VALUE ...]"
+    command.epilog = f"`{command.prog} CONFIG --help` lists the fields of the config with their values."
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory",
+    )
+    command.add_argument(
+        "--topology",
+        metavar="MACHINE",
+        help="TPUs (v4, v5e, v5p, v6e, v7x) as v5e:16x16 or v5p:4x4x8, up to 8 GPUs of a node as gpu:8xH100 or "
+        "gpu:1xH200, or cpu:8",
+    )
+    command.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip and an hour; with it cost is said")
+    command.add_argument(
+        "--sweep",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="N",
+        help="try meshes and microbatches, and rank them; the best are compiled until N of them fit (default: 3)",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command.add_argument("--report", type=Path, metavar="PATH.md", help="write the plan as a markdown page too")
+    command.set_defaults(run_dir=None)
+
+
 def add_generate(command: argparse.ArgumentParser) -> None:
     """Add what is continued, and how."""
     command.epilog = "The text of one prompt is shown as it comes; of several, a line of JSON each, in their order."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
-from kdjax.arguments import add_config, add_generate, add_launch, add_student
+from kdjax.arguments import add_config, add_generate, add_launch, add_plan, add_student
 from kdjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -215,6 +215,32 @@ def _effect(options: argparse.Namespace, flags: list[str]) -> None:
     console.print(f"figures: {directory / EFFECT}   report: {page}")
 
 
+def _plan(options: argparse.Namespace, flags: list[str]) -> None:
+    from rich.console import Console
+
+    from kdjax.config import Config
+    from kdjax.plan.job import plan
+    from kdjax.plan.page import markdown, plan_table, sweep_table
+
+    config, _ = _configured(options, flags, Config)
+    if options.topology is None:
+        raise UserError("which machine? --topology v5e:16x16, gpu:8xH100 or cpu:8, for example")
+    found = plan(config, options.topology, options.price, options.sweep)
+    best = found[0] if options.sweep else found
+    if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(markdown(f"Planned: {config.name}", [best]), "utf-8")
+    if options.json:
+        print(json.dumps({"plans": found} if options.sweep else found))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if options.sweep:
+        console.print(sweep_table(found), "")
+    console.print(plan_table(best))
+    if options.report:
+        console.print(f"report: {options.report}")
+
+
 def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
     from rich.console import Console
 
@@ -306,7 +332,7 @@ def _fetch(options: argparse.Namespace, flags: list[str]) -> None:
     fetch(options.name)
 
 
-CONFIGURED = (_train, _answers, _prompts, _pipeline, _effect)
+CONFIGURED = (_train, _answers, _prompts, _pipeline, _effect, _plan)
 """Commands that take a config, and its fields as flags."""
 
 
@@ -351,6 +377,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     add_config(add("prompts", _prompts, "find the prompt that a model does a task best with; run again to go on"))
     add_config(add("pipeline", _pipeline, "find a prompt, distil it and evaluate; run again to go on"))
     add_config(add("effect", _effect, "say what a prompt changes on a task, and what it costs; run again to go on"))
+    add_plan(add("plan", _plan, "say what a config's training step takes on a machine that need not be here"))
     report = add("report", _report, "write one HTML page on a run, or several compared")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, help="by default RUN/report.html, or report.html for several")

@@ -1,16 +1,36 @@
-"""On what a run or a measurement was made: device, versions, commit."""
+"""On what a run or a measurement is made: the kind of device, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
 import kdjax
+
+_compiled_for: ContextVar[str] = ContextVar("compiled_for", default="")
+
+
+def backend() -> str:
+    """Return the kind of device that is computed on, as jax names it, or that is compiled for and is not here."""
+    return _compiled_for.get() or jax.default_backend()
+
+
+@contextmanager
+def compiling_for(kind: str) -> Iterator[None]:
+    """Let `backend` name a kind of device that is not here."""
+    before = _compiled_for.set(kind)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(before)
 
 
 def describe() -> dict[str, str | int]:

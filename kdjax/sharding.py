@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -361,6 +362,7 @@ def placement(config: MeshConfig, devices: Sequence[Any] | None = None) -> Place
             f"mesh.placement pmap replicates the parameters; got {_text(others)}, wanted 1 each (or placement jit)"
         )
     shape = config.shape(len(devices))
-    # Auto: Explicit axes, make_mesh's default, break Linen's Embed.
-    auto = (AxisType.Auto,) * len(shape)
-    return Placement(jax.make_mesh(tuple(shape.values()), tuple(shape), auto, devices=devices), config.placement)
+    # Split: an axis need not be whole axes of a TPU's network, as jax.make_mesh wants it on some.
+    arranged = create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    # Auto: Explicit axes break Linen's Embed.
+    return Placement(Mesh(arranged, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), config.placement)

@@ -16,7 +16,7 @@ FLOORS = (
     (
         "jobs",
         {"train", "build", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
-        | {"search", "synthesis", "pipeline", "effect"},
+        | {"search", "synthesis", "pipeline", "effect", "plan"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),

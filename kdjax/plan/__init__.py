@@ -1,0 +1,1 @@
+"""What a training step takes on chips that are not here: memory, collectives, FLOPs, time and cost."""

@@ -1,0 +1,100 @@
+"""The very step that `kdjax train` runs, with shapes in the place of arrays: no weight is read, no data opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.build import Job, recipe
+from kdjax.config import Config
+from kdjax.errors import UserError
+from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile, open_model
+from kdjax.models.known import known_architecture
+from kdjax.models.lora import is_trained, part
+from kdjax.models.quantize import quantized, quantized_axes
+from kdjax.named import Named, models
+from kdjax.shapes import Batch, View
+from kdjax.sharding import Placement, placement
+
+
+def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
+    """Return the job of a config on devices that need not be here; it has neither tokenizer nor data.
+
+    Raises:
+        UserError: whatever of the config cannot be, on so many devices.
+    """
+    place = placement(config.mesh, devices)
+    place.check_batch(config.batch_size, config.microbatches)
+    if config.student.soft_prompt.tokens < 0:
+        raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
+    student, teacher = models(config, place, open_file=unread)
+    nothing = cast(Any, None)
+    return Job(config, place, student, teacher, nothing, nothing, recipe(config, place, student, teacher))
+
+
+def unread(source: str) -> ModelFile:
+    """Return a model whose architecture is known, its tensors being shapes; opened on disk only if it is not."""
+    known = known_architecture(source)
+    if known is None:
+        return open_model(source)
+    return ModelFile(known, _lazy(known), source, None)
+
+
+def _lazy(config: ModelConfig) -> dict[str, Any]:
+    def refuse(index: Any) -> Any:
+        raise RuntimeError("planning reads no weight")
+
+    shapes = jax.eval_shape(Model(config).init, jax.random.key(0))
+    return jax.tree.map(lambda x: LazyTensor(x.shape, refuse), shapes)
+
+
+def abstract_frozen(job: Job) -> dict[str, Any]:
+    """Return shapes, dtypes and places of what `Job.frozen` gives; the teacher reads its whole view in each row."""
+    frozen = {} if job.teacher is None else {"teacher": _loaded(job.teacher, job.place)}
+    if job.student.is_whole:
+        return frozen
+    whole = _loaded(job.student, job.place)
+    return frozen | {"student": part(whole, partial(is_trained, job.student.spec))[1]}
+
+
+def _loaded(named: Named, place: Placement) -> Any:
+    """Return a model's parameters as `Named.params` would, in the compute dtype where they come from a file."""
+    if named.file is None:
+        shapes = jax.eval_shape(named.model.init, jax.random.key(0))
+        where = place.state_shardings(shapes, named.model.logical_axes())
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    kind, axes = named.spec.quantize, named.model.logical_axes()
+
+    def put(lazy: Any, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        dtype = named.model.dtype if lazy.casts else lazy.dtype
+        return jax.ShapeDtypeStruct(lazy.shape, dtype, sharding=place.sharding(names, lazy.shape))
+
+    return jax.tree.map(put, quantized(named.file.tensors, kind), quantized_axes(axes, kind))
+
+
+def abstract_batch(job: Job) -> Batch:
+    """Return shapes, dtypes and places of a batch as training gives it to the step."""
+    data = replace(job.config.data, task=job.student.model.config.task)
+    rows, lengths = job.config.batch_size, data.lengths
+
+    def array(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        if job.place.by == "pmap":
+            devices = len(job.place.mesh.devices.flat)
+            return jax.ShapeDtypeStruct((devices, rows // devices, length), dtype)
+        where = job.place.sharding(("batch", "sequence"), (rows, length))
+        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+
+    def view(name: str) -> View:
+        return View(array(lengths[name]), array(lengths[name]), array(lengths[name]))
+
+    student = view("tokens")
+    if "inputs" in lengths:
+        student = replace(student, encoder=view("inputs"))
+    teacher = view("teacher_tokens") if "teacher_tokens" in lengths else None
+    row, weight = array(lengths["tokens"]), array(lengths["tokens"], jnp.float32)
+    return Batch(student, row, row, weight, weight, teacher, None if teacher is None else row)

@@ -1,0 +1,233 @@
+"""One plan: the step compiled for a machine that need not be here, and what is told from it. In its own process."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+
+from kdjax.build import Job
+from kdjax.config import Config
+from kdjax.environment import compiling_for
+from kdjax.errors import UserError
+from kdjax.plan.abstract import abstract_batch, abstract_frozen, abstract_job
+from kdjax.plan.advice import advice
+from kdjax.plan.chips import Machine, devices_of
+from kdjax.plan.collectives import Collective, collectives
+from kdjax.plan.estimate import estimate, moved_bytes, sizes_of, work_bytes
+from kdjax.plan.flops import step_flops
+
+COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
+"""Kind of chip -> the module whose presence says that it can be compiled for."""
+
+Plan = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a step.
+
+    Attributes:
+        peak: bytes of a device at one time, arguments included; None where it says only that they do not fit.
+        reserved: what it sets aside for that, gaps between arrays included.
+        found: the collectives; None where it did not come that far.
+        refused: what it said where the step does not fit.
+    """
+
+    peak: int | None
+    reserved: int | None
+    found: list[Collective] | None
+    refused: str = ""
+
+
+def measure(config: Config, machine: Machine, price: float | None = None, compiles: bool = True) -> Plan:
+    """Return the plan of a config on a machine, as JSON.
+
+    Raises:
+        UserError: a config or a mesh that cannot be on so many devices.
+    """
+    kind = machine.chip.kind
+    is_there = find_spec(COMPILERS[kind]) is not None
+    with compiling_for(kind):
+        devices = devices_of(machine) if compiles and is_there else jax.devices("cpu")[: machine.device_count]
+        job = abstract_job(config, devices)
+        compiled = _compiled(job, kind) if compiles and is_there else None
+        plan = told(job, machine, compiled, price)
+    if compiles and not is_there:
+        plan["notes"].append(
+            f"no compiler for {machine.model} is installed (pip install 'kdjax[plan-{kind}]'): all of it is estimated"
+        )
+    return plan
+
+
+def _compiled(job: Job, kind: str) -> Compiled:
+    """Compile the step as training does, but for shapes in the place of arrays."""
+    try:
+        lowered = job.step.lower(job.abstract_state, abstract_frozen(job), abstract_batch(job))
+        made = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        asked = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMG])\b", str(error))
+        peak = int(float(asked[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[asked[2]]) if asked else None
+        return Compiled(peak, None, None, _first_line(str(error)))
+    sizes: Any = made.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    reserved = held + sizes.temp_size_in_bytes
+    peak = reserved if kind == "cpu" else sizes.peak_memory_in_bytes  # which on a CPU leaves out what is worked with
+    tokens = sizes_of(job, kind)
+    chunks = -(-tokens.tokens // tokens.chunk)
+    found = collectives(made.as_text(), dict(job.place.mesh.shape), chunks)
+    return Compiled(int(peak), int(reserved), found)
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if "used" in line.lower()), text.splitlines()[0])
+
+
+def told(job: Job, machine: Machine, compiled: Compiled | None, price: float | None = None) -> Plan:
+    """Return the plan of a job by what its compiler says, or by estimates where it was not compiled."""
+    config, kind = job.config, machine.chip.kind
+    held, sizes = _held(job), sizes_of(job, kind)
+    estimated = sum(held[name] for name in held if name != "trained") + work_bytes(job, sizes, held["trained"])
+    teacher = None if job.teacher is None else job.teacher.model.config
+    flops = step_flops(config, job.student.model.config, teacher)
+    found = None if compiled is None else compiled.found
+    bounds = estimate(job, machine, flops, moved_bytes(job, sizes, held), found, price)
+    peak = estimated if compiled is None else compiled.peak
+    reserved = None if compiled is None else compiled.reserved
+    limit = machine.chip.memory / machine.chip.devices
+    asked = reserved if kind == "gpu" and reserved else peak  # a TPU's compiler refuses by itself
+    fits = None if not limit else bool(asked and asked <= limit and not (compiled and compiled.refused))
+    kept = sum(held[name] for name in held if name != "trained")
+    plan: Plan = {
+        "name": config.name,
+        "topology": machine.name,
+        "chips": machine.chips,
+        "devices": machine.device_count,
+        "by": "estimate" if compiled is None else "compiler",
+        "mesh": dict(job.place.mesh.shape),
+        "batch_size": config.batch_size,
+        "microbatches": config.microbatches,
+        "sequence_length": config.data.sequence_length,
+        "remat": config.student.remat,
+        "loss": config.objective.implementation,
+        "chunk_tokens": sizes.chunk,
+        "parameters": _parameters(job),
+        "memory": {
+            **{name: held[name] for name in ("teacher", "student", "optimizer")},
+            "work": None if peak is None else int(peak - kept),
+            "peak": None if peak is None else int(peak),
+            "reserved": reserved,
+            "peak_estimated": int(estimated),
+            "limit": int(limit),
+            "fits": fits,
+            "refused": compiled.refused if compiled else "",
+        },
+        "flops": asdict(flops) | {"done": flops.done},
+        "collectives": None if found is None else [asdict(row) | {"sent": row.sent} for row in found],
+        "estimate": bounds,
+        "price": price,
+        "notes": _notes(job, compiled, sizes.is_flash, kind),
+        "versions": {"jax": jax.__version__},
+    }
+    plan["advice"] = advice(job, plan, sizes) if fits is False else []
+    return plan
+
+
+def _held(job: Job) -> dict[str, int]:
+    """Return the bytes that a device holds through a step, by what they are."""
+    state, frozen = job.abstract_state, abstract_frozen(job)
+    trained = _bytes(state.params)
+    held = {
+        "teacher": _bytes(frozen.get("teacher", {})),
+        "student": trained + _bytes(frozen.get("student", {})),
+        "optimizer": _bytes(state.opt_state),
+        "other": _bytes(state.slow) + _bytes(abstract_batch(job)),
+    }
+    return held | {"trained": trained}
+
+
+def _bytes(tree: Any) -> int:
+    def of(x: Any) -> int:
+        shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
+        bits = (
+            jax.numpy.iinfo(x.dtype).bits if jax.numpy.issubdtype(x.dtype, jax.numpy.integer) else 8 * x.dtype.itemsize
+        )
+        return math.prod(shape) * bits // 8
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
+def _parameters(job: Job) -> dict[str, int]:
+    models = {"teacher": job.teacher, "student": job.student}
+    return {
+        name: sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(named.model.init, jax.random.key(0))))
+        for name, named in models.items()
+        if named is not None
+    }
+
+
+def _notes(job: Job, compiled: Compiled | None, is_flash: bool, kind: str) -> list[str]:
+    """Return what a reader should know of this plan beyond its figures."""
+    said = {
+        "attention is XLA's own, which keeps the scores of a layer in memory": not is_flash,
+        "the network's time is not known where nothing was compiled: times are too low": (
+            compiled is None or compiled.found is None
+        ),
+        "the teacher reads the whole of its view in each row: what its views share is not taken off": bool(
+            job.config.data.teacher_view
+        ),
+        "an XLA for GPUs never says that a step does not fit; JAX takes three quarters of a GPU's memory unless "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise": kind == "gpu",
+        "compiled, not run: speed and numbers are not verified": compiled is not None and not compiled.refused,
+    }
+    return [note for note, holds in said.items() if holds]
+
+
+def sweep(config: Config, machine: Machine, price: float | None, compiled: int) -> list[Plan]:
+    """Return plans of the config on meshes and microbatches that fill the machine, the fastest that fit first.
+
+    All are estimated; the best are then compiled, from the top, until so many of these fit.
+    """
+    plans = []
+    for candidate in candidates(config, machine.device_count):
+        try:
+            plans.append((measure(candidate, machine, price, compiles=False), candidate))
+        except UserError:  # a batch that does not split so
+            continue
+    if not plans:
+        raise UserError(
+            f"no mesh of {machine.name} splits batch_size {config.batch_size}; use a multiple of more chips"
+        )
+    plans.sort(key=lambda pair: rank(pair[0]))
+    done, fitting = [], 0
+    for number, (plan, candidate) in enumerate(plans):
+        if fitting == compiled or plan["memory"]["peak_estimated"] > 2 * (plan["memory"]["limit"] or math.inf):
+            done += [rest for rest, _ in plans[number:]]
+            break
+        done.append(measure(candidate, machine, price))
+        fitting += done[-1]["memory"]["fits"] is not False
+    return sorted(done, key=rank)
+
+
+def rank(plan: Plan) -> tuple[bool, float]:
+    """Return what plans are ordered by: whether they fit, then the time if nothing overlaps, else memory."""
+    bounds = plan["estimate"]
+    time = bounds["without_overlap"]["seconds"] if bounds else plan["memory"]["peak_estimated"]
+    return plan["memory"]["fits"] is False, time
+
+
+def candidates(config: Config, devices: int) -> list[Config]:
+    """Return the config on every mesh of data, fsdp and tensor (up to 8), with 1 to 8 microbatches."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    made = []
+    for tensor in (size for size in sizes if size <= 8):
+        for fsdp in (size for size in sizes if devices % (size * tensor) == 0):
+            mesh = replace(config.mesh, placement="jit", data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+            made += [replace(config, mesh=replace(mesh, expert=1), microbatches=parts) for parts in (1, 2, 4, 8)]
+    return made
