@@ -43,7 +43,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     heads += ["on its own answers", "the gist's own share of that"]
     lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
     for row in rows:
-        shares = [f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" for name in SHARES]
+        shares = [_share(row, name) for name in SHARES]
         cells = [str(row["places"]), count(row["steps"]), f"{small(row['kl_before'])} → {small(row['kl_after'])}"]
         lines.append(f"| {' | '.join([*cells, *shares])} |")
     last, saved = rows[-1], rows[-1]["saved"]
@@ -58,6 +58,11 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             f"text SHA-256 `{last['held_out_sha256'][:16]}`.",
         ]
     )
+
+
+def _share(row: harness.Row, name: str) -> str:
+    """Return a share with its interval; a dash in rows that were measured before it was."""
+    return f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" if name in row else "–"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
