@@ -53,7 +53,7 @@ def sizes_of(job: Job, kind: str) -> Sizes:
     config, mesh, c = job.config, dict(job.place.mesh.shape), job.student.model.config
     data = config.data
     length = (data.target_length or data.sequence_length) if c.encoder_layers else data.sequence_length
-    tokens = config.batch_size * length // (job.place.batch_devices * config.microbatches)
+    tokens = config.batch_size * length // (job.place.batch_devices * mesh["context"] * config.microbatches)
     tensor = mesh.get("tensor", 1) if c.vocab_size % mesh.get("tensor", 1) == 0 else 1
     columns = (c.labels or c.vocab_size) // tensor
     chunk = tokens if config.objective.implementation == "reference" else chunk_size(config.objective, tokens, columns)

@@ -223,11 +223,14 @@ def rank(plan: Plan) -> tuple[bool, float]:
 
 
 def candidates(config: Config, devices: int) -> list[Config]:
-    """Return the config on every mesh of data, fsdp and tensor (up to 8), with 1 to 8 microbatches."""
+    """Return the config on every mesh of data, fsdp and tensor (up to 8), with 1 to 8 microbatches; context stays."""
+    context = max(config.mesh.context, 1)
+    devices //= context
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     made = []
     for tensor in (size for size in sizes if size <= 8):
         for fsdp in (size for size in sizes if devices % (size * tensor) == 0):
             mesh = replace(config.mesh, placement="jit", data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
-            made += [replace(config, mesh=replace(mesh, expert=1), microbatches=parts) for parts in (1, 2, 4, 8)]
+            mesh = replace(mesh, context=context, expert=1)
+            made += [replace(config, mesh=mesh, microbatches=parts) for parts in (1, 2, 4, 8)]
     return made

@@ -23,6 +23,7 @@ from kdjax.models.known import CONFIGS, known_architecture
 from kdjax.plan import measure as measuring
 from kdjax.plan.abstract import abstract_batch, abstract_frozen, abstract_job, unread
 from kdjax.plan.chips import CHIPS, Chip, machine
+from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import candidates, measure, rank, sweep
 from kdjax.plan.page import markdown, plan_table, sweep_table
 from kdjax.sharding import MeshConfig
@@ -219,6 +220,16 @@ def test_candidates_fill_the_machine_each_in_its_own_way(tiny):
     found = [(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.microbatches) for c in candidates(tiny, 8)]
     assert len(set(found)) == len(found) == 4 * 10
     assert {data * fsdp * tensor for data, fsdp, tensor, _ in found} == {8}
+    over_context = [c.mesh for c in candidates(replace(tiny, mesh=MeshConfig(context=2)), 8)]
+    assert {mesh.data * mesh.fsdp * mesh.tensor * mesh.context for mesh in over_context} == {8}
+    assert {mesh.context for mesh in over_context} == {2} and len(over_context) == 4 * 6
+
+
+def test_each_device_of_a_row_has_its_part_of_the_tokens(tiny):
+    def tokens(mesh):
+        return sizes_of(abstract_job(replace(tiny, mesh=mesh), jax.devices("cpu")[:8]), "cpu").tokens
+
+    assert tokens(MeshConfig(context=2)) == tokens(MeshConfig()) == tokens(MeshConfig(tensor=2)) // 2
 
 
 @pytest.mark.slow
@@ -310,6 +321,7 @@ import json, sys
 import jax
 from kdjax import config
 from kdjax.plan.chips import machine
+from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import measure
 wanted = machine(sys.argv[2])
 jax.config.update("jax_num_cpu_devices", wanted.device_count)
@@ -340,6 +352,7 @@ import jax
 from benchmarks.harness import resident_growth
 from kdjax import build, config
 from kdjax.plan.chips import machine
+from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import measure
 asked = config.load(sys.argv[1])
 work = measure(asked, machine("cpu:1"))["memory"]["work"]
