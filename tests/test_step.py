@@ -62,7 +62,7 @@ PLACES = {
 }
 
 
-EVERY_TIME = {"data 2, fsdp 2, tensor 2", "data 8, 2 microbatches", "pmap, 2 microbatches"}
+EVERY_TIME = {"data 2, fsdp 2, tensor 2", "pmap, 2 microbatches"}
 
 
 def _placements(names, every_time=EVERY_TIME):

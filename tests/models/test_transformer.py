@@ -167,8 +167,12 @@ def test_padding_changes_no_real_row(config):
 
     (grads, hidden), (other_grads, other_hidden) = grads_and_hidden(params, tokens), grads_and_hidden(params, other)
     assert np.isfinite(hidden).all()
-    np.testing.assert_array_equal(hidden[segment > 0], other_hidden[segment > 0])
-    jax.tree.map(np.testing.assert_array_equal, grads, other_grads)
+    # Rows are sorted by expert: padding moves real ones to other places of a matmul, which some CPUs round otherwise.
+    same = (
+        partial(np.testing.assert_allclose, rtol=1e-6, atol=2e-6) if config.experts else np.testing.assert_array_equal
+    )
+    same(hidden[segment > 0], other_hidden[segment > 0])
+    jax.tree.map(same, grads, other_grads)
     assert not np.array_equal(hidden[segment == 0], other_hidden[segment == 0])
 
 

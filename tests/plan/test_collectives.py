@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax.plan.collectives import Collective, axis_of, collectives
 from kdjax.sharding import MeshConfig, placement
 
-MESH = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+MESH = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
 ALL = ("data", "fsdp", "tensor")
 SIZE = 4 * 8 * 16  # bytes of a device's [8, 16] in float32
 
