@@ -83,7 +83,7 @@ def arguments(job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["int8"])
 def test_it_plans_adapters_and_a_quantised_teacher_as_training_runs_them(quantize):
     """Of a model that is known by name, whose real files are read here."""
     config = configs.load(str(ROOT / "configs" / "quickstart.py"))
@@ -338,7 +338,7 @@ def test_a_large_recipe_is_planned_at_its_real_size(name):
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -382,7 +382,7 @@ def test_the_peak_is_what_a_process_grows_by(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
