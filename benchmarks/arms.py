@@ -5,7 +5,7 @@ COMMAND: python -m benchmarks.arms                  (about 4 hours on 2 CPU core
 
 All have the questions, the prompt and the answers of configs/soft_prompt.py, and are measured on its held-out answers.
 Each is trained at three learning rates, a factor apart around the middle one of what it trains. Rows go to
-benchmarks/results/arms.jsonl; `python -m benchmarks.readme` makes table and plot of docs/case-study.md of them.
+benchmarks/results/arms.jsonl, of which docs/arms.svg is drawn; `python -m benchmarks.readme` makes the table.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.prompt_distill import UNRELATED
+from benchmarks.prompt_distill import sampled_once, unrelated
 from kdjax import config as configs
-from kdjax.answers import ANSWERS, PROGRESS, answered, write_answers
+from kdjax.answers import ANSWERS, PROGRESS, answered
 from kdjax.build import Job, build
 from kdjax.config import Config
 from kdjax.console import count, percent, small
@@ -103,8 +103,7 @@ def _control(config: Config, home: Path) -> Config:
     tokenizer = build(replace(config, answers=replace(config.answers, by="data"))).tokenizer
     system, view = configs.load(str(RECIPE)).student.soft_prompt.text, config.data
     head, end = "<|im_start|>system\n", "<|im_end|>\n"
-    count = len(tokenizer.encode(system.removeprefix(head).removesuffix(end)))
-    other = tokenizer.decode(tokenizer.encode(UNRELATED * 9)[:count])
+    other = unrelated(tokenizer, system.removeprefix(head).removesuffix(end))
     return replace(config, data=replace(view, teacher_view=f"{head}{other}{end}{view.student_view}"))
 
 
@@ -140,7 +139,7 @@ def of_arm(name: str, rate: float, seed: int, home: Path) -> harness.Row:
     """Return the figures of one run, measured on the answers that the recipe's prompt has drawn out of the teacher."""
     config, arm, run = base(), ARMS[name], home / "run"
     config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
-    shared = _answers(config, home / "answers")
+    shared = sampled_once(config, home / "answers")
     taught = arm.of(config, home)
     places = {"places": taught.student.soft_prompt.tokens}
     if not arm.trains:
@@ -149,7 +148,7 @@ def of_arm(name: str, rate: float, seed: int, home: Path) -> harness.Row:
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     if taught.answers.by == "teacher":
-        said = _answers(taught, home / "other answers") if arm.others else shared
+        said = sampled_once(taught, home / "other answers") if arm.others else shared
         for file in (ANSWERS, PROGRESS):
             shutil.copyfile(said / file, run / file)
     summary = train(taught, run)
@@ -157,13 +156,6 @@ def of_arm(name: str, rate: float, seed: int, home: Path) -> harness.Row:
         job = build(replace(config, student=ModelSpec(source=str(run))), answered(config, shared))
         summary |= _measured(job)
     return {name: summary.get(name) for name in (*FIGURES, *OF_RUN)} | places
-
-
-def _answers(config: Config, directory: Path) -> Path:
-    """Return the directory with a config's answers, which are sampled once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_answers(config, directory)
-    return directory
 
 
 def _measured(job: Job) -> harness.Row:
@@ -208,11 +200,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     if not rows:
         return "Not measured yet: `python -m benchmarks.arms` writes the figures that stand here."
     found = best(rows)
-    said, saved, last = found[0]["behaviour"], found[0]["saved"], rows[-1]
-    whole = round(saved["prompt_tokens"] + saved["request_tokens"] - least_tokens(found))
+    said, places, last = found[0]["behaviour"], f"{prompt_places(found):.0f}", rows[-1]
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|:--|{'--:|' * len(COLUMNS)}"]
     lines += [
-        f"| the prompt as it is | – | – | 100.0 % | 100.0 % | {percent(said['prompted'])} | – | {whole} |",
+        f"| the prompt as it is | – | – | 100.0 % | 100.0 % | {percent(said['prompted'])} | – | {places} |",
         f"| no prompt | – | – | 0.0 % | 0.0 % | {percent(said['unprompted'])} | – | 0 |",
         *(f"| {' | '.join([row['arm'], *(cell(row) for cell in COLUMNS.values())])} |" for row in found),
     ]
@@ -224,6 +215,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     return "\n".join(
         [
             *lines,
+            "",
+            f"![What each arm recovers, and beside the places that a request keeps for it]({PICTURE.name})",
             "",
             f"{STEPS} steps of 4 rows each; shares with their 95 % bootstrap interval over {last['recovered_prompts']} "
             "unseen questions. Places are those of a request's cache that stand before its question. Each arm is shown "
@@ -238,9 +231,9 @@ def _share(row: harness.Row, name: str) -> str:
     return f"{percent(row[name])} ({low} to {high})"
 
 
-def least_tokens(rows: Sequence[harness.Row]) -> float:
-    """Return the tokens of a request, on average, that has its question alone."""
-    return min(row["saved"]["request_tokens"] - row["places"] for row in rows)
+def prompt_places(rows: Sequence[harness.Row]) -> float:
+    """Return how many places the prompt as it is has in a request."""
+    return rows[0]["saved"]["prompt_tokens"] + rows[0]["places"]
 
 
 def picture(rows: Sequence[harness.Row]) -> Figure:
@@ -257,8 +250,7 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
     for (name, pick), style in zip(FAMILIES.items(), ("o-", "s--", "^-.", "x:", "D"), strict=True):
         points = sorted((row["places"], 100 * row["recovered"]) for row in found if pick(row["arm"]))
         right.plot(*zip(*points, strict=True), style, label=name) if points else None
-    saved = found[0]["saved"]
-    right.plot(saved["prompt_tokens"] + saved["request_tokens"] - least_tokens(found), 100, "*", ms=12, label="prompt")
+    right.plot(prompt_places(found), 100, "*", ms=12, label="prompt")
     right.set_xscale("symlog", linthresh=4)
     right.set(title="Recovered, %, by places a request keeps", xlabel="places before the question", xlim=(-0.5, 300))
     right.set_xticks([0, 4, 16, 64, 200], ["0", "4", "16", "64", "200"])
@@ -293,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arm, rate, seed in left:
         row = {"what": "arms", "arm": arm, "rate": rate, "seed": seed} | of_arm(arm, rate, seed, options.home)
         harness.append(options.results, [row | {"environment": environment}])
+        with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
+            picture(harness.read(options.results)).savefig(options.picture, metadata={"Date": None})
         progress.advance(1, f"{arm}, rate {rate:g}: recovered {percent(row['recovered'])}")
-    with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
-        picture(harness.read(options.results)).savefig(options.picture, metadata={"Date": None})
     return 0
 
 

@@ -25,7 +25,7 @@ from kdjax.answers import answered, write_answers
 from kdjax.build import build
 from kdjax.config import Config
 from kdjax.console import amount, percent, small
-from kdjax.data import system_views
+from kdjax.data import Tokenizer, system_views
 from kdjax.models import ModelSpec
 from kdjax.recovery import recovery
 from kdjax.train import train
@@ -57,20 +57,20 @@ def of_arm(arm: str, seed: int, home: Path) -> harness.Row:
     run = home / f"{arm}-{seed}"
     run.mkdir(parents=True)
     said = home / f"answers behind {'another' if arm == 'control' else 'the'} prompt"
-    for name in sorted(_made(taught, said).glob("answers.json*")):
+    for name in sorted(sampled_once(taught, said).glob("answers.json*")):
         shutil.copy(name, run)
     summary = train(taught, run)
     if arm == "control":
         student = ModelSpec(source=str(run), dtype=config.student.dtype)
         job = build(
-            replace(config, student=student), answered(config, _made(config, home / "answers behind the prompt"))
+            replace(config, student=student), answered(config, sampled_once(config, home / "answers behind the prompt"))
         )
         summary |= recovery(job, job.start().params, job.frozen())
     shutil.rmtree(run)
     return {name: summary.get(name) for name in (*FIGURES, *OF_RUN)}
 
 
-def _made(config: Config, directory: Path) -> Path:
+def sampled_once(config: Config, directory: Path) -> Path:
     """Return the directory with a config's answers, which are sampled once."""
     directory.mkdir(parents=True, exist_ok=True)
     write_answers(config, directory)
@@ -80,10 +80,14 @@ def _made(config: Config, directory: Path) -> Path:
 def _unrelated(config: Config) -> str:
     """Return the teacher's view with an unrelated prompt, so many words of it that both have as many tokens."""
     job = build(replace(config, answers=replace(config.answers, by="data")))
-    tokenizer, view = job.tokenizer, config.data.teacher_view
+    view = config.data.teacher_view
     prompt = json.loads(view[view.index('"content": ') + 11 : view.index('}, {"role": "user"')])
-    count = len(tokenizer.encode(prompt))
-    return system_views(tokenizer.decode(tokenizer.encode(UNRELATED * 9)[:count])).teacher
+    return system_views(unrelated(job.tokenizer, prompt)).teacher
+
+
+def unrelated(tokenizer: Tokenizer, prompt: str) -> str:
+    """Return an unrelated text of as many tokens as a prompt."""
+    return tokenizer.decode(tokenizer.encode(UNRELATED * 9)[: len(tokenizer.encode(prompt))])
 
 
 def markdown(rows: Sequence[harness.Row]) -> str:

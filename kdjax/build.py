@@ -121,7 +121,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     student, teacher = models(config, place)
     _check_length(config, student, teacher)
     task = _task(config, student, teacher)
-    _check_context(config, place, {"student": student, "teacher": teacher})
+    check_context(config, place, {"student": student, "teacher": teacher})
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
@@ -205,7 +205,7 @@ def _check_length(config: Config, student: Named, teacher: Named | None, shared:
             )
 
 
-def _check_context(config: Config, place: Placement, models: dict[str, Named | None]) -> None:
+def check_context(config: Config, place: Placement, models: dict[str, Named | None]) -> None:
     """Check that rows and heads split over the devices that share a row."""
     names = ("sequence_length", "teacher_length", "target_length")
     lengths = {f"data.{name}": length for name in names if (length := getattr(config.data, name))}

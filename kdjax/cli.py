@@ -135,7 +135,8 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     try:
         summary = train(config, directory)
     except Stopped as stopped:
-        _say(str(stopped)) if speaks else None
+        if speaks:
+            _say(str(stopped))
         return stopped.exit_code
     if not speaks:
         return 0

@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from kdjax.build import Job, recipe
+from kdjax.build import Job, check_context, recipe
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile, open_model
@@ -33,6 +33,7 @@ def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
     student, teacher = models(config, place, open_file=unread)
+    check_context(config, place, {"student": student, "teacher": teacher})
     nothing = cast(Any, None)
     return Job(config, place, student, teacher, nothing, nothing, recipe(config, place, student, teacher))
 

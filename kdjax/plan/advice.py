@@ -40,16 +40,15 @@ def advice(job: Job, plan: dict[str, Any], sizes: Sizes) -> list[str]:
         ),
         "compute again what the backward pass needs: student.remat full": config.student.remat != "full",
         f"raise microbatches, to {config.microbatches * 2} first: fewer tokens at one time, the same result": rows > 1,
-        f"lower batch_size: a device has {rows} row{'s' * (rows > 1)} of {config.data.sequence_length} tokens at one "
-        "time, and a row cannot be split": rows == 1 and config.batch_size > job.place.batch_devices,
         "lower data.sequence_length: a device has one row at one time": rows == 1,
+        "split rows: mesh.context 2 or more": rows == 1 and mesh["context"] == 1 and plan["devices"] > 1,
         "split heads, mlps and vocabulary: mesh.tensor 2 or more": mesh["tensor"] == 1 and plan["devices"] > 1,
         f"lower objective.chunk_tokens below {sizes.chunk}, whose logits take "
         f"{sizes.chunk * sizes.columns * 16 / 2**30:.1f} GiB": (
             config.objective.implementation == "chunked" and sizes.chunk * sizes.columns * 16 > memory["limit"] / 8
         ),
         "compute in bfloat16: student.dtype": config.student.dtype == "float32",
-        "split the experts: mesh.expert": bool(experts) and mesh.get("expert", 1) == 1,
+        "split the experts: mesh.expert": bool(experts) and mesh["expert"] == 1,
         "train adapters alone: student.lora.rank": heavy and job.student.is_whole and job.student.file is not None,
         "take more chips, or chips with more memory": heavy and copies == 1,
     }

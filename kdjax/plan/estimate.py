@@ -54,7 +54,7 @@ def sizes_of(job: Job, kind: str) -> Sizes:
     data = config.data
     length = (data.target_length or data.sequence_length) if c.encoder_layers else data.sequence_length
     tokens = config.batch_size * length // (job.place.batch_devices * mesh["context"] * config.microbatches)
-    tensor = mesh.get("tensor", 1) if c.vocab_size % mesh.get("tensor", 1) == 0 else 1
+    tensor = mesh["tensor"] if c.vocab_size % mesh["tensor"] == 0 else 1
     columns = (c.labels or c.vocab_size) // tensor
     chunk = tokens if config.objective.implementation == "reference" else chunk_size(config.objective, tokens, columns)
     flash = kind == "gpu" and config.student.dtype == "bfloat16" and c.positions not in ("alibi", "relative")

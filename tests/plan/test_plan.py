@@ -83,7 +83,7 @@ def arguments(job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_it_plans_adapters_and_a_quantised_teacher_as_training_runs_them(quantize):
     """Of a model that is known by name, whose real files are read here."""
     config = configs.load(str(ROOT / "configs" / "quickstart.py"))
@@ -177,6 +177,7 @@ def test_no_price_no_cost(tiny, small_chip):
         ({"mesh": MeshConfig(placement="pmap")}, "mesh.placement to jit", "mesh.fsdp 8"),
         ({"batch_size": 64}, "raise microbatches, to 4", "lower data.sequence_length"),
         ({"batch_size": 16}, "lower data.sequence_length", "raise microbatches"),
+        ({"batch_size": 16}, "split rows: mesh.context", "lower batch_size"),
         ({}, "mesh.tensor 2", "objective.implementation"),
     ],
 )
@@ -223,6 +224,11 @@ def test_candidates_fill_the_machine_each_in_its_own_way(tiny):
     over_context = [c.mesh for c in candidates(replace(tiny, mesh=MeshConfig(context=2)), 8)]
     assert {mesh.data * mesh.fsdp * mesh.tensor * mesh.context for mesh in over_context} == {8}
     assert {mesh.context for mesh in over_context} == {2} and len(over_context) == 4 * 6
+
+
+def test_what_training_refuses_of_a_context_is_not_planned(tiny):
+    with pytest.raises(UserError, match="attention heads, which do not split over 8 devices"):
+        abstract_job(replace(tiny, mesh=MeshConfig(context=8)), jax.devices("cpu")[:8])
 
 
 def test_each_device_of_a_row_has_its_part_of_the_tokens(tiny):
