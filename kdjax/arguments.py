@@ -51,6 +51,18 @@ def add_launch(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_profile(command: argparse.ArgumentParser) -> None:
+    """Add which steps are traced; no part of the config, since it changes nothing that a run computes."""
+    command.add_argument(
+        "--profile.steps",
+        dest="profile",
+        default="",
+        metavar="FIRST:LAST",
+        help="trace these steps into the run's directory profile/, as 10:15, and say which share of them the teacher, "
+        "the student, the loss and the optimiser take; open it with Perfetto or xprof",
+    )
+
+
 def add_plan(command: argparse.ArgumentParser) -> None:
     """Add a config, the machine, and how the plan is shown; further flags are the config's own."""
     command.usage = f"{command.prog} CONFIG --topology MACHINE [--FIELD VALUE ...]"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from kdjax import __version__
-from kdjax.arguments import add_config, add_generate, add_launch, add_plan, add_student
+from kdjax.arguments import add_config, add_generate, add_launch, add_plan, add_profile, add_student
+from kdjax.cache import keep_compiled
 from kdjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     _speak_plainly()
+    keep_compiled()
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a reader that has gone is no error
@@ -124,16 +126,18 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     from kdjax.config import Config
     from kdjax.console import final_table
     from kdjax.distributed import Launch, join
+    from kdjax.profile import span
     from kdjax.report import write_report
     from kdjax.train import Stopped, train
 
+    traced = span(options.profile)
     config, directory = _configured(options, flags, Config)
     join(Launch(options.coordinator, options.processes, options.process, options.auto, options.timeout))
     speaks = jax.process_index() == 0  # one of a job's processes does; from the others only errors are heard
     for handler in logging.getLogger("kdjax").handlers if not speaks else ():
         handler.setLevel(logging.ERROR)
     try:
-        summary = train(config, directory)
+        summary = train(config, directory, traced)
     except Stopped as stopped:
         if speaks:
             _say(str(stopped))
@@ -364,6 +368,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     train = add("train", _train, "distil, or pre-train where the config has no teacher; run again to go on")
     add_config(train)
     add_launch(train)
+    add_profile(train)
     add_config(add("answers", _answers, "sample the teacher's answers that a config trains on; run again to go on"))
     evaluate = add("evaluate", _evaluate, "measure a run's best saved step on its held-out text")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")

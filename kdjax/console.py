@@ -89,6 +89,12 @@ EVALUATION = {
 """What is shown of an evaluation's row: label and format."""
 
 
+FIRST_STEP = (
+    "first step after {first_step_seconds:.1f} s, {compiled_seconds:.1f} s of it compiling {compiled_programs:.0f} "
+    "programs, {compiled_cached:.0f} of them kept from before; the teacher has {teachers_flops:.0%} of its FLOPs"
+)
+
+
 class Progress:
     """A writer for people: a live line on a terminal; elsewhere a plain line every few seconds and at the last step."""
 
@@ -127,6 +133,8 @@ class Progress:
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Show the row."""
+        if "first_step_seconds" in row:
+            self._print(FIRST_STEP.format(**row))
         if "loss" in row:
             self._show_step(step, row)
         if any(name in row for name in EVALUATION):
@@ -140,6 +148,8 @@ class Progress:
         parts = [f"{name} {row[name]:.3f}" for name in names if name in row]
         if finite(row.get("tokens_per_second")):
             parts.append(f"{count(row['tokens_per_second'])} tokens/s")
+        if finite(row.get("mfu")):
+            parts.append(f"MFU {row['mfu']:.1%}")
         if row.get("skipped"):
             parts.append(f"skipped {row['skipped']:.0f}")
         left = f"in {duration(now - self._began)}" if is_last else f"eta {duration(self._eta(self._steps - step))}"

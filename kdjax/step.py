@@ -121,11 +121,29 @@ def loss_sums(
     `token_weight` is that of each real token where a loss goes by tokens and not by compared rows: those of some inner
     layers, and the load balance, which is of the batch as it is given here and counts by its real tokens.
     """
-    features, student = recipe.objective.features, student_params(recipe, params, frozen)
+    features = recipe.objective.features
     how = {"taps": tuple(tapped(features, 0)), "row_keys_B": row_keys_B, "prefix": frozen.get("student_prefix")}
-    output = recipe.model.apply(student, batch.student, **how)
-    signal = recipe.signal_of(frozen, batch)
-    loss, parts = jnp.zeros(()), {}
+    with jax.named_scope("student"):
+        student = student_params(recipe, params, frozen)
+        output = recipe.model.apply(student, batch.student, **how)
+    with jax.named_scope("teacher"):
+        signal = recipe.signal_of(frozen, batch)
+    with jax.named_scope("loss"):
+        return _loss_of(recipe, params, student, output, signal, batch, progress, token_weight)
+
+
+def _loss_of(
+    recipe: Recipe,
+    params: Any,
+    student: Any,
+    output: Any,
+    signal: Signal | None,
+    batch: Batch,
+    progress: Array | float,
+    token_weight: Array | float,
+) -> tuple[Array, dict[str, Array]]:
+    """Return the loss and its parts, of what both models say."""
+    features, loss, parts = recipe.objective.features, jnp.zeros(()), {}
     if recipe.objective.logits:
         loss, parts = fused_kd_loss(
             pick_rows(output.hidden_BTD, batch.student_rows_BR),
@@ -185,6 +203,14 @@ def step(state: TrainState, frozen: Any, batch: Batch, recipe: Recipe) -> tuple[
     microbatches, devices and packed rows only add up. A loss or gradient that is not finite changes no parameter.
     """
     gradients, metrics = gradient(recipe, state, taught_by(recipe, state, frozen), batch)
+    with jax.named_scope("optimizer"):
+        return _updated(state, recipe, gradients, metrics)
+
+
+def _updated(
+    state: TrainState, recipe: Recipe, gradients: Any, metrics: dict[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """Return the state after an update, or with none where loss or gradient is not finite, and what to log."""
     norm = optax.global_norm(gradients)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from kdjax import config as configs
-from kdjax import manifest, summary
+from kdjax import manifest, profile, summary
 from kdjax.answers import ANSWERS, PROGRESS, answered
 from kdjax.build import Job, build
 from kdjax.checkpoint import Checkpoints
@@ -28,8 +28,11 @@ from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
 from kdjax.models.adapter import BASE
 from kdjax.on_policy import is_students, reanswered
+from kdjax.plan.flops import Flops
 from kdjax.shapes import Batch
 from kdjax.step import TrainState
+from kdjax.stopping import asked_to_stop
+from kdjax.utilisation import flops_of, teachers_share, utilisation
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,9 @@ class Run:
         asked_to_stop: says which signal asked for it; 0 is none.
         since: when the step that is to be logged next began.
         began: when the run would have begun, had it run through.
+        entered: when this process took it up.
+        compiled: what was compiled since then; None once the first step has been logged.
+        tracer: names the steps, and traces those that it was told to.
     """
 
     job: Job
@@ -78,6 +84,14 @@ class Run:
     skipped_in_a_row: float = 0
     asked_to_stop: Callable[[], int] = lambda: 0
     since: float = 0.0
+    entered: float = 0.0
+    compiled: dict[str, float] | None = None
+    tracer: profile.Tracer = field(default_factory=lambda: profile.Tracer(Path(), None))
+
+    @cached_property
+    def flops(self) -> Flops:
+        """FLOPs of a step."""
+        return flops_of(self.job)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Send a row to every writer."""
@@ -85,8 +99,13 @@ class Run:
             writer.write(step, row)
 
 
-def train(config: Config, directory: Path) -> dict[str, Any]:
+def train(config: Config, directory: Path, traced: profile.Span | None = None) -> dict[str, Any]:
     """Train, or go on training, in a run directory; return the summary that is also written there.
+
+    Args:
+        config: the run's.
+        directory: its own; made where it is not there.
+        traced: steps to trace into the directory's `profile`.
 
     Raises:
         UserError: anything wrong with the config or the directory, a save that failed, numbers that stay not finite.
@@ -94,7 +113,7 @@ def train(config: Config, directory: Path) -> dict[str, Any]:
     """
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
-    with lock_run(directory):
+    with lock_run(directory), profile.compilations() as compiled:
         if jax.process_index() == 0:
             check_same_run(config, directory)
         job = build(config, answered(config, directory))
@@ -104,7 +123,8 @@ def train(config: Config, directory: Path) -> dict[str, Any]:
                 log.info("%s has done its %d steps already", directory, run.step)
                 return run.summary
             run.frozen = job.frozen()
-            with _writing(run), _listening(run):
+            run.entered, run.compiled, run.tracer = began, compiled, _tracer(run, traced)
+            with _writing(run), closing(run.tracer), asked_to_stop(lambda: run.step) as run.asked_to_stop:
                 _look(run)
                 if run.step == 0:
                     _open_summary(run)
@@ -197,8 +217,12 @@ def _steps(run: Run) -> None:
         batch, run.data_state = next(batches)
         if is_students(run.job, run.step):
             batch = reanswered(run.job, run.state, run.frozen, batch, run.step)
-        run.state, metrics = run.job.step(run.state, run.frozen, run.job.place.put_batch(batch))
+        placed = run.job.place.put_batch(batch)
+        with run.tracer.step(run.step + 1, run.state):
+            run.state, metrics = run.job.step(run.state, run.frozen, placed)
         run.step += 1
+        if run.tracer.is_last(run.step):
+            _tell_of_trace(run, placed)
         run.checkpoints.check()
         if late:
             _log(run, *late)
@@ -224,6 +248,8 @@ def _log(run: Run, step: int, metrics: dict[str, Any]) -> None:
         "tokens_per_second": run.pace.tick(config.batch_size * config.data.sequence_length),
         "seconds": now - run.since,
     }
+    row |= utilisation(run.job, run.flops, row["tokens_per_second"])
+    row |= _of_first_step(run, now)
     run.write(step, row)
     _name_not_finite(step, row)
     run.since, run.skipped_in_a_row = now, row["skipped_in_a_row"]
@@ -232,6 +258,43 @@ def _log(run: Run, step: int, metrics: dict[str, Any]) -> None:
             f"loss or gradient was not finite {config.abort_after} times in a row, up to step {step}; "
             f"step {run.saved} is the newest saved; lower optim.learning_rate, or look at the data of these steps"
         )
+
+
+def _of_first_step(run: Run, now: float) -> dict[str, float]:
+    """Return, once, how long the first step of this process has taken to come, and how much of it was compiling."""
+    if run.compiled is None:
+        return {}
+    compiled, run.compiled = run.compiled, None
+    found = {"first_step_seconds": now - run.entered, "teachers_flops": teachers_share(run.flops)}
+    found |= {f"compiled_{name}": value for name, value in compiled.items()}
+    run.summary |= found | {"flops": asdict(run.flops)}
+    _write_summary(run)
+    return found
+
+
+def _tracer(run: Run, traced: profile.Span | None) -> profile.Tracer:
+    """Return what traces a run's steps; process 0 does.
+
+    Raises:
+        UserError: the run does not come to these steps any more.
+    """
+    if traced is not None and not run.step < traced.last <= run.job.config.steps:
+        raise UserError(
+            f"--profile.steps ends with step {traced.last}, but {run.directory} goes from step {run.step + 1} to "
+            f"{run.job.config.steps}; name steps between them"
+        )
+    return profile.Tracer(run.directory / "profile", traced if jax.process_index() == 0 else None)
+
+
+def _tell_of_trace(run: Run, batch: Batch) -> None:
+    """End the trace, and say what takes the time in it."""
+    jax.block_until_ready(run.state)
+    trace = run.tracer.stop()
+    shares = profile.shares(trace, run.job.step.lower(run.state, run.frozen, batch).compile().as_text())
+    run.summary["profile"] = shares
+    said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "no operation of the step was found"
+    log.info("%s holds the trace, up to step %d; of the devices' time: %s", run.directory / "profile", run.step, said)
+    _write_summary(run)
 
 
 def _name_not_finite(step: int, row: dict[str, float]) -> None:
@@ -316,33 +379,3 @@ def _close_summary(run: Run) -> None:
 def _write_summary(run: Run) -> None:
     if jax.process_index() == 0:
         write_json(run.directory / "summary.json", run.summary)
-
-
-@contextmanager
-def _listening(run: Run) -> Iterator[None]:
-    """Let SIGTERM and SIGINT ask the run to stop after the step it is at; a second one ends the process."""
-    if jax.process_count() > 1:  # all must stop at one step: jax tells all of a SIGTERM that one of them got
-        run.asked_to_stop = lambda: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(run.step)
-        yield
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    got: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: Any) -> None:
-        got.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    run.asked_to_stop = lambda: got[0] if got else 0
-    try:
-        yield
-    finally:
-        restore()

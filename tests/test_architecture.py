@@ -16,7 +16,7 @@ FLOORS = (
     (
         "jobs",
         {"train", "build", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
-        | {"search", "synthesis", "pipeline", "effect", "plan"},
+        | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),
@@ -29,7 +29,10 @@ FLOORS = (
             "metrics",
             "console",
             "environment",
+            "cache",
             "distributed",
+            "profile",
+            "stopping",
             "lock",
             "manifest",
             "shapes",

@@ -326,7 +326,7 @@ def test_help(cli):
 
 
 def test_an_interrupt_before_training_is_one_line(cli, monkeypatch):
-    def interrupt(config, directory):
+    def interrupt(*job):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kdjax.train.train", interrupt)

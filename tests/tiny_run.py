@@ -15,7 +15,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 240
-TIMES = ("tokens_per_second", "seconds", "eval_seconds")
+TIMES = ("tokens_per_second", "model_flops_per_second", "seconds", "eval_seconds")
+OF_THE_START = ("first_step_seconds", "teachers_flops", "compiled_seconds", "compiled_programs", "compiled_cached")
 
 RECIPE = '''"""A test's recipe."""
 
@@ -89,9 +90,11 @@ def command(*arguments):
 
 
 def environment(directory, **more):
-    """The environment of a process of its own: one CPU device, and what one process compiled the next one finds."""
+    """The environment of a process of its own, `more` of it set, or unset by None: one CPU device, and what one process
+    compiled the next one finds."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(directory / COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **cache, **more}
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **cache, **more}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def run(directory, *arguments, **more):
@@ -135,6 +138,7 @@ def last_step(run_dir):
 
 
 def rows(run_dir, times=False):
-    """The rows of a run's metrics, without how long things took."""
+    """The rows of a run's metrics, without how long things took, and what the first step of a process adds."""
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return found if times else [{name: row[name] for name in row if name not in TIMES} for row in found]
+    without = () if times else (*TIMES, *OF_THE_START)
+    return [{name: row[name] for name in row if name not in without} for row in found]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kdjax.cache import cache_directory
 from kdjax.errors import UserError, did_you_mean
 from kdjax.models import files, gguf
 from kdjax.models.progress import say, watched
@@ -143,14 +144,6 @@ def cached_gguf(path: Path) -> Path:
             if not out.is_dir():
                 gguf.to_directory(path, out)
     return out
-
-
-def cache_directory() -> Path:
-    """Return the directory that kdjax keeps fetched things in: KDJAX_CACHE, or the user's cache directory."""
-    if chosen := os.environ.get("KDJAX_CACHE"):
-        return Path(chosen).expanduser()
-    usual = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(usual).expanduser() / "kdjax"
 
 
 def _directory(gguf_name: str, sha256: str) -> Path:

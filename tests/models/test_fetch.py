@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 
+from kdjax.cache import cache_directory
 from kdjax.errors import UserError
 from kdjax.models import fetch, open_model, progress
 
@@ -334,15 +335,15 @@ def test_a_local_gguf_is_converted_once_for_its_content(tmp_path, weights, cache
 
 
 def test_the_cache_is_the_users_unless_said_otherwise(monkeypatch, tmp_path):
-    assert fetch.cache_directory() == tmp_path / "cache"
+    assert cache_directory() == tmp_path / "cache"
     monkeypatch.delenv("KDJAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert fetch.cache_directory() == tmp_path / "xdg" / "kdjax"
+    assert cache_directory() == tmp_path / "xdg" / "kdjax"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert fetch.cache_directory() == Path.home() / ".cache" / "kdjax"
+    assert cache_directory() == Path.home() / ".cache" / "kdjax"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert fetch.cache_directory() == Path.home() / "Library" / "Caches" / "kdjax"
+    assert cache_directory() == Path.home() / "Library" / "Caches" / "kdjax"
 
 
 def test_other_names_are_left_to_the_caller(tmp_path, monkeypatch, without_hub):
