@@ -23,7 +23,7 @@ from kdjax import config as configs
 from kdjax.environment import compiling_for
 from kdjax.plan.abstract import abstract_job
 from kdjax.plan.chips import machine
-from kdjax.plan.collectives import Collective
+from kdjax.plan.hlo import Collective
 from kdjax.plan.job import plan
 from kdjax.plan.measure import Compiled, told
 from kdjax.plan.page import markdown

@@ -33,6 +33,7 @@ from benchmarks import (
     models,
     prompt_distill,
     prompts,
+    scaling,
     screening,
     search,
     soft_prompts,
@@ -46,6 +47,7 @@ MODELS = ROOT / "docs" / "models.md"
 STUDENTS = ROOT / "docs" / "students.md"
 GENERATION = ROOT / "docs" / "generation.md"
 MEMORY = ROOT / "docs" / "memory.md"
+SCALING = ROOT / "docs" / "scaling.md"
 PROMPTS = ROOT / "docs" / "prompts.md"
 SEARCH = ROOT / "docs" / "search.md"
 EFFECT = ROOT / "docs" / "effect.md"
@@ -226,6 +228,11 @@ def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results:
     return text
 
 
+SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "scaling": lambda results: scaling.markdown(harness.read(results / "scaling.jsonl")),
+}
+"""The same for the page of several devices."""
+
 PAGES: dict[Path, Callable[[str], str]] = {
     README: render,
     LOSSES: partial(render_page, LOSS_BLOCKS),
@@ -237,6 +244,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     SEARCH: partial(render_page, SEARCH_BLOCKS),
     EFFECT: partial(render_page, EFFECT_BLOCKS),
     CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
+    SCALING: partial(render_page, SCALING_BLOCKS),
 }
 
 

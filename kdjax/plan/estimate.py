@@ -15,8 +15,8 @@ from kdjax.losses.sizes import COPIES, chunk_size
 from kdjax.models import ModelConfig
 from kdjax.models.config import ModelSpec
 from kdjax.plan.chips import Machine
-from kdjax.plan.collectives import Collective
 from kdjax.plan.flops import RECOMPUTED, Flops
+from kdjax.plan.hlo import Collective
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 PLAIN_SCORES = 12

@@ -17,9 +17,9 @@ from kdjax.errors import UserError
 from kdjax.plan.abstract import abstract_batch, abstract_frozen, abstract_job
 from kdjax.plan.advice import advice
 from kdjax.plan.chips import Machine, devices_of
-from kdjax.plan.collectives import Collective, collectives
 from kdjax.plan.estimate import estimate, moved_bytes, sizes_of, work_bytes
 from kdjax.plan.flops import step_flops
+from kdjax.plan.hlo import Collective, collectives
 
 COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 """Kind of chip -> the module whose presence says that it can be compiled for."""

@@ -1,4 +1,4 @@
-"""The collectives of a compiled step, read off its HLO text: kind, mesh axis, bytes, and how often loops run them."""
+"""What a device does in one call of a compiled step, read off its HLO text: collectives, and FLOPs of its matmuls."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][\w\-]*)\(")
+_NAME = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = ")
+_DOT = re.compile(r" dot\((?:[^%)]*? )?%?([\w.\-]+),.*\blhs_contracting_dims=\{([\d,]*)\}")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -59,6 +61,10 @@ class Collective:
 class _Computation:
     own: list[tuple[str, str, int, int]] = field(default_factory=list)
     """Kind, axis, size of the group and bytes of each collective."""
+    flops: float = 0.0
+    """Of its own matmuls."""
+    shapes: dict[str, str] = field(default_factory=dict)
+    """What its instructions give."""
     calls: list[tuple[str, int | str]] = field(default_factory=list)
     """Computations that it runs, and how often, or the name of the condition that says it."""
     numbers: dict[str, int] = field(default_factory=dict)
@@ -85,6 +91,15 @@ def collectives(hlo: str, mesh: Mapping[str, int], unknown_trips: int = 1) -> li
     return sorted((row for row in rows if row.group > 1), key=lambda row: -row.bytes)
 
 
+def matmul_flops(hlo: str, mesh: Mapping[str, int], unknown_trips: int = 1) -> float:
+    """Return the FLOPs of matmuls that a device runs in one call: 2 for each multiplication with its addition.
+
+    Matmuls that a compiler has made into calls of a library are not seen; of those here none does on a CPU.
+    """
+    entry, computations = _parsed(hlo, mesh)
+    return sum(times * computations[name].flops for name, times in _runs(entry, computations, unknown_trips))
+
+
 def _runs(entry: str, computations: Mapping[str, _Computation], unknown: int, times: int = 1) -> Iterator:
     """Yield each computation that is run, and how often, once for each caller."""
     yield entry, times
@@ -104,6 +119,11 @@ def _parsed(hlo: str, mesh: Mapping[str, int]) -> tuple[str, dict[str, _Computat
             current.numbers[number[1]] = int(number[2])
         elif instruction := _INSTRUCTION.match(line):
             shape, opcode = instruction[1], instruction[2]
+            if named := _NAME.match(line):
+                current.shapes[named[1]] = shape
+            if dot := _DOT.search(line):
+                contracted = [_sizes(current.shapes[dot[1]])[int(axis)] for axis in dot[2].split(",") if axis]
+                current.flops += 2.0 * math.prod(_sizes(shape)) * math.prod(contracted)
             if opcode.removesuffix("-start") in KINDS:
                 # On a TPU one collective that is spread over several fusions stands in each, in one channel.
                 channel = _CHANNEL.search(line)
@@ -135,6 +155,12 @@ def _collective(line: str, shape: str, opcode: str, mesh: Mapping[str, int]) -> 
     if opcode == "collective-permute-start":
         sizes = sizes[:1]
     return kind, axis, group, sum(sizes) * (group if kind == "reduce-scatter" else 1)
+
+
+def _sizes(shape: str) -> list[int]:
+    """Return the sizes of an array's shape as HLO writes it."""
+    (found,) = _SHAPE.findall(shape)
+    return [int(size) for size in found[1].split(",") if size]
 
 
 def _bytes(dtype: str, sizes: str) -> int:

@@ -1,5 +1,8 @@
 """Collectives read off compiled modules: those of functions that ask for known ones, and HLO as TPUs write it."""
 
+import math
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax.plan.collectives import Collective, axis_of, collectives
+from benchmarks import scaling
+from kdjax.plan.abstract import abstract_batch, abstract_frozen, abstract_job
+from kdjax.plan.flops import step_flops
+from kdjax.plan.hlo import Collective, axis_of, collectives, matmul_flops
+from kdjax.plan.measure import sizes_of
 from kdjax.sharding import MeshConfig, placement
 
 MESH = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
@@ -173,3 +180,28 @@ def test_what_a_gpu_starts_and_ends_counts_once_and_whole():
         Collective("all-gather", "fsdp", 8, 1, 2 * 32 * 16),
         Collective("all-reduce", "fsdp", 8, 1, 2 * 32 * 16),
     ]
+
+
+def test_matmuls_count_as_often_as_loops_run_them():
+    def function(x, w):
+        def body(carry, w_):
+            return jnp.tanh(carry @ w_), None
+
+        carry, _ = lax.scan(body, x, w)
+        return jnp.einsum("bij,bkj->bik", carry, carry)
+
+    shapes = jax.ShapeDtypeStruct((3, 8, 16), jnp.float32), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+    text = jax.jit(function).lower(*shapes).compile().as_text()
+    assert matmul_flops(text, MESH) == 5 * 2 * 3 * 8 * 16 * 16 + 2 * 3 * 8 * 8 * 16
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 8}, {"data": 2, "context": 4}, {"tensor": 4, "data": 2}])
+def test_a_steps_matmuls_are_those_that_are_counted(sizes):
+    config = scaling.config("data", 1, 8)
+    config = replace(config, mesh=replace(config.mesh, **sizes))
+    devices = math.prod(sizes.values())
+    job = abstract_job(config, jax.devices()[:devices])
+    text = job.step.lower(job.abstract_state, abstract_frozen(job), abstract_batch(job)).compile().as_text()
+    each = sizes_of(job, "cpu")
+    found = matmul_flops(text, dict(job.place.mesh.shape), -(-each.tokens // each.chunk))
+    assert found * devices == step_flops(config, job.student.model.config, job.teacher.model.config).done
