@@ -140,8 +140,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             *lines,
             "",
             "Models of 8,192 tokens and 4 layers, the teacher 512 wide, the student 256; rows of 256 tokens, 16 of "
-            f"them or 4 a device. {here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; commit "
-            f"{here.get('commit')}.",
+            f"them or 4 a device. {here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; "
+            f"commit {here.get('commit')}.",
         ]
     )
 
