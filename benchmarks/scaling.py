@@ -123,25 +123,24 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             own = {row["devices"]: amount(row[name] / unit) for row in steps if of(row) == (axis, mode)}
             lines.append(f"| {axis} | {mode} | " + " | ".join(own.get(n, "–") for n in DEVICES) + " |")
         lines.append("")
-    worst = max(steps, key=lambda row: row["flops"] / row["flops_counted"], default=None)
-    if worst is not None:
-        lines += [
-            f"The most that a device computes beyond its even share of what [flops.py](../kdjax/plan/flops.py) counts: "
-            f"{percent(worst['flops'] / worst['flops_counted'] - 1)} ({worst['axis']}, {worst['devices']} devices, "
-            f"{worst['mode']}).",
-            "",
-        ]
+    excess = max((row["flops"] / row["flops_counted"] - 1 for row in steps), default=0.0)
+    lines += [
+        f"Beyond its even share of what [flops.py](../kdjax/plan/flops.py) counts, a device computes at most "
+        f"{percent(excess)} more.",
+        "",
+    ]
     pipeline = [row for row in rows if row["what"] == "pipeline"]
     lines += ["| data alone: processes | rows of a batch that one reads | tokens/s of one |", "|--:|--:|--:|"]
     lines += [f"| {row['processes']} | {row['rows_a_batch']} | {count(row['tokens_per_second'])} |" for row in pipeline]
     here = rows[-1]["environment"]
+    commits = ", ".join(dict.fromkeys(str(row["environment"].get("commit")) for row in rows))
     return "\n".join(
         [
             *lines,
             "",
             "Models of 8,192 tokens and 4 layers, the teacher 512 wide, the student 256; rows of 256 tokens, 16 of "
             f"them or 4 a device. {here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; "
-            f"commit {here.get('commit')}.",
+            f"commit {commits}.",
         ]
     )
 

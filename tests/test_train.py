@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import home, last_step, rows, run, run_until  # noqa: F401 (home is a fixture)
+from tiny_run import OF_THE_START, home, last_step, rows, run, run_until  # noqa: F401 (home is a fixture)
 
 from kdjax import config as configs
 from kdjax import manifest
@@ -96,6 +96,7 @@ def test_a_run_ended_by_signals_ends_with_the_same_parameters(whole, ended):
 @pytest.mark.slow
 def test_a_run_ended_by_signals_has_the_same_summary(whole, ended):
     taken = ("seconds", "tokens_per_second_train", "tokens_per_second_student", "tokens_per_second_teacher")
+    taken += OF_THE_START
     ours, theirs = (
         {name: value for name, value in summary(directory).items() if name not in taken}
         for directory in (ended[0], whole)
