@@ -38,6 +38,9 @@ class OptimConfig:
     """Decay of the first moment in Adam and Lion; Adafactor keeps no first moment, Muon's momentum is 0.95."""
     b2: float = 0.99
     """Decay of the second moment in Adam, of the momentum in Lion; Adafactor's is 1 - step^-0.8."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's and Lion's first moment and Muon's momentum are kept in; bfloat16 halves their memory. Second moments
+    stay float32: what a step adds to them, 1 - b2, would be lost in bfloat16."""
     eps: float = 1e-8
     """Added to the denominator in Adam."""
     weight_decay: float = 0.0
@@ -185,11 +188,11 @@ def _name(path: tuple) -> str:
 
 
 def _adamw(config: OptimConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment)
 
 
 def _lion(config: OptimConfig) -> optax.GradientTransformation:
-    return optax.scale_by_lion(config.b1, config.b2)
+    return optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.first_moment)
 
 
 def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
@@ -212,7 +215,7 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
         return jax.tree.map(lambda update, matrix: 0.2 * max(matrix.shape) ** 0.5 * update, updates, _matrices(updates))
 
     kernels = optax.chain(
-        optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=dimensions),
+        optax.contrib.scale_by_muon(beta=0.95, mu_dtype=config.first_moment, weight_dimension_numbers=dimensions),
         optax.stateless(to_adamw_size),
     )
 
@@ -280,6 +283,8 @@ def _check(config: OptimConfig, total_steps: int) -> None:
         value = getattr(config, field)
         if value not in table:
             raise UserError(f"{field} of the optimiser's config is {value!r}{did_you_mean(value, table)}")
+    if config.name == "adafactor" and config.first_moment != "float32":
+        raise UserError("first_moment is 'bfloat16', but adafactor keeps no first moment; leave it out")
     if total_steps <= config.warmup_steps:
         raise UserError(
             f"warmup_steps is {config.warmup_steps} but the run has {total_steps} steps; "

@@ -124,6 +124,33 @@ def test_stacked_update_is_the_per_layer_update(name):
         np.testing.assert_allclose(unstack(got)[key], want, atol=2e-6 * np.abs(want).max(), err_msg=key)
 
 
+IN_BFLOAT16 = {
+    "adamw": lambda c: optax.adam(c.learning_rate, c.b1, c.b2, c.eps, mu_dtype="bfloat16"),
+    "lion": lambda c: optax.lion(c.learning_rate, c.b1, c.b2, mu_dtype="bfloat16", weight_decay=0.0),
+    "muon": lambda c: optax.contrib.muon(c.learning_rate, consistent_rms=0.2, mu_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_first_moments_may_be_kept_in_bfloat16(name):
+    config = constant(name, first_moment="bfloat16")
+    params = {"layers": {"mlp": {"up": {"kernel": random_tree(0)["student"]["layers"]["mlp"]["up"]["kernel"]}}}}
+    gradients = [jax.tree.map(lambda x, n=n: np.roll(x, n) * 1e-2, params) for n in range(3)]
+    got, state = run(optimizer(config, STEPS, params), params, gradients)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        where = jax.tree_util.keystr(path)
+        assert leaf.dtype == ("bfloat16" if ".mu" in where else "float32" if ".nu" in where else leaf.dtype), where
+    for layer in range(DEPTH):
+        one = jax.tree.map(lambda x, n=layer: x[n], params)
+        want, _ = run(IN_BFLOAT16[name](config), one, [jax.tree.map(lambda x, n=layer: x[n], g) for g in gradients])
+        ours, theirs = jax.tree.leaves(got)[0][layer], jax.tree.leaves(want)[0]
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
+    whole, _ = run(optimizer(constant(name), STEPS, params), params, gradients)
+    assert 0 < np.abs(jax.tree.leaves(whole)[0] - jax.tree.leaves(got)[0]).mean() < 1e-4
+    with pytest.raises(UserError, match="adafactor keeps no first moment"):
+        optimizer(constant("adafactor", first_moment="bfloat16"), STEPS, params)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_goes_by_name(name):
     params = random_tree(0, jax.tree.map(lambda shape: tuple(min(n, 6) for n in shape), SHAPES, is_leaf=is_shape))
