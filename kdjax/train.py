@@ -222,7 +222,8 @@ def _steps(run: Run) -> None:
             run.state, metrics = run.job.step(run.state, run.frozen, placed)
         run.step += 1
         if run.tracer.is_last(run.step):
-            _tell_of_trace(run, placed)
+            with run.pace.paused():
+                _tell_of_trace(run, placed)
         run.checkpoints.check()
         if late:
             _log(run, *late)

@@ -8,6 +8,7 @@ import os
 from unittest import mock
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -19,3 +20,11 @@ if jax.__version_info__ < (0, 11):  # later XLAs have no such flag, and end the 
     flags.append("--xla_cpu_use_fusion_emitters=false")
 with mock.patch.dict(os.environ, XLA_FLAGS=" ".join(flags)):
     jax.devices()  # reads the flags; later processes do not see them
+
+
+@pytest.fixture
+def optimised():
+    """Compile what is compiled within as users do: for bounds that a compiler's order of sums decides."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -63,7 +63,7 @@ def test_an_adapter_is_a_low_rank_matrix_added_to_its_kernel(name):
     adapters = random_adapters(params)
     got = model.apply(lora.assembled(params, adapters, RANK.alpha / RANK.rank), seen).hidden_BTD
     want = model.apply(added_by_hand(params, adapters), seen).hidden_BTD
-    np.testing.assert_allclose(got, want, atol=5e-5)
+    np.testing.assert_allclose(got, want, atol=3e-5)  # float32: the adapter's branch, or one sum of kernels
     assert np.abs(got - model.apply(params, seen).hidden_BTD).max() > 0.1
 
 

@@ -21,7 +21,6 @@ from kdjax.shapes import View
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = ["llama_tied", "llama_untied", "llama_3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"]
-CLOSE = 2e-5  # of logits up to 22; a compiler that does not optimise takes its sums in another order
 NAMES += ["mixtral", "qwen3_moe", "smollm3", "olmo2", "gpt_neox", "phi3"]
 NAMES += [
     "bert",
@@ -43,22 +42,24 @@ def loaded(name):
     return file, Model(file.config), jax.tree.map(lambda tensor: tensor.all(), file.tensors)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_greedy_text_equal_the_golden_ones(name):
     _, model, params = loaded(name)
     expected = np.load(GOLDEN / name / "expected.npz")
     assert np.abs(expected["logits"]).max() > (0.1 if model.config.labels else 1)
-    assert error(logits(model, params, view(model.config, expected["tokens"])), expected["logits"]) <= CLOSE
+    assert error(logits(model, params, view(model.config, expected["tokens"])), expected["logits"]) <= 1e-5
     if "greedy" in expected:
         greedy = generate(model, params, [expected["tokens"][0].tolist()], max_new_tokens=10)
         assert greedy[0] == expected["greedy"].tolist()
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_and_padded_rows_give_the_golden_logits(name):
     _, model, params = loaded(name)
     expected = np.load(GOLDEN / name / "expected.npz")
-    assert packed_error(model, params, expected) <= CLOSE
+    assert packed_error(model, params, expected) <= 1e-5
 
 
 def exported(config, params, out):
