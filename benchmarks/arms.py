@@ -26,10 +26,11 @@ from benchmarks import harness
 from benchmarks.prompt_distill import sampled_once, unrelated
 from kdjax import config as configs
 from kdjax.answers import ANSWERS, PROGRESS, answered
-from kdjax.build import Job, build
+from kdjax.build import build
 from kdjax.config import Config
 from kdjax.console import count, percent, small
 from kdjax.data.python_docs import questions
+from kdjax.job import Job
 from kdjax.models import ModelSpec
 from kdjax.models.config import Lora, SoftPrompt
 from kdjax.recovery import recovery

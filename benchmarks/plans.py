@@ -47,7 +47,7 @@ def again(row: harness.Row) -> harness.Row:
     compiled = Compiled(memory["peak"], memory["reserved"], found)
     with compiling_for(wanted.chip.kind):
         job = abstract_job(_config(old["name"], old["loss"]), jax.devices("cpu")[: wanted.device_count])
-        return row | {"plan": told(job, wanted, compiled)}
+        return row | {"plan": told(job, wanted, [compiled])}
 
 
 def _config(name: str, loss: str) -> Any:

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import config as configs
-from kdjax.build import Job, build
+from kdjax.build import build
 from kdjax.config import Config
 from kdjax.environment import describe
+from kdjax.job import Job
 from kdjax.losses import ObjectiveConfig, fused_kd_loss
 from kdjax.metrics import means
 from kdjax.shapes import Array, Batch, Head

@@ -6,104 +6,25 @@ Every check that needs no training is made here, before the first step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from kdjax import data, optim
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.evaluate import sums_of
+from kdjax.job import Job
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
 from kdjax.models import Model
 from kdjax.named import Named, models, prompted
-from kdjax.sharding import Placement, placement
-from kdjax.step import Recipe, TrainState, init_state, step
-from kdjax.teacher import live_teacher, no_teacher
+from kdjax.sharding import Placement, placements
+from kdjax.step import Recipe
+from kdjax.teacher import brought, live_teacher, no_teacher
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that training and evaluation share; nothing in it changes."""
-
-    config: Config
-    place: Placement
-    student: Named
-    teacher: Named | None
-    tokenizer: data.Tokenizer
-    data: data.Data
-    recipe: Recipe
-
-    @property
-    def keys(self) -> tuple[jax.Array, jax.Array]:
-        """Keys of the random parameters of student and teacher: never the same, or a student would start perfect."""
-        student, teacher = jax.random.split(jax.random.key(self.config.seed))
-        return student, teacher
-
-    def frozen(self) -> dict[str, Any]:
-        """Return the trees that are used but not trained, in their compute dtype: the teacher, the student's base."""
-        frozen = self.frozen_teacher()
-        if not self.student.is_whole:
-            is_teacher = self.teacher is not None and self.student.shares(self.teacher)
-            frozen["student"] = self.student.base(self.place, frozen["teacher"] if is_teacher else None)
-        return frozen
-
-    def frozen_teacher(self) -> dict[str, Any]:
-        """Return the frozen trees but the student's: the teacher, and what all its views begin with if it is shared."""
-        if self.teacher is None:
-            return {}
-        params = self.teacher.params(self.place, self.keys[1], self.teacher.model.dtype)
-        if not self.data.shared:
-            return {"teacher": params}
-        return {"teacher": params, "teacher_prefix": self.teacher.prefix(self.place, params, self.data.shared)}
-
-    def frozen_names(self) -> dict[str, str]:
-        """Return the identity of each frozen tree."""
-        names = {} if self.teacher is None else {"teacher": self.teacher.identity(self.config.seed)}
-        return names if self.student.is_whole else names | {"student": self.student.identity(self.config.seed)}
-
-    def start(self) -> TrainState:
-        """Return the state before the first step."""
-        params = self.student.start(self.place, self.keys[0])
-        return jax.jit(partial(init_state, self.recipe), out_shardings=self.shardings, donate_argnums=0)(params)
-
-    @cached_property
-    def abstract_state(self) -> TrainState:
-        """The state's shapes, dtypes and places."""
-        shapes = jax.eval_shape(lambda key: init_state(self.recipe, self.student.init(key)), self.keys[0])
-        where = self.place.state_shardings(shapes, {"student": self.student.axes})
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-
-    @property
-    def shardings(self) -> Any:
-        """The state's places."""
-        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
-
-    @cached_property
-    def step(self) -> Callable[..., Any]:
-        """The placed ``step(state, frozen, batch) -> (state, metrics)``."""
-        # With alpha 1 and no inner layers to compare the teacher only measures: training does not run it.
-        alone = self.recipe if self.recipe.objective.needs_teacher else replace(self.recipe, signal_of=no_teacher)
-        return self.place.compile_step(partial(step, recipe=alone), self.shardings)
-
-    @cached_property
-    def learning_rates(self) -> np.ndarray:
-        """The learning rate of each update."""
-        rate = optim.schedule(self.config.optim, self.config.steps)
-        return np.asarray(jax.vmap(rate)(jnp.arange(self.config.steps)))
-
-    @cached_property
-    def sums(self) -> Callable[..., Any]:
-        """The placed ``sums(params, frozen, batch)`` of evaluation."""
-        return self.place.compile_sums(partial(sums_of, recipe=self.recipe))
 
 
 def build(config: Config, text: data.DataConfig | None = None) -> Job:
@@ -116,12 +37,12 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     Raises:
         UserError: whatever of the config cannot be.
     """
-    place = placement(config.mesh)
-    place.check_batch(config.batch_size, config.microbatches)
-    student, teacher = models(config, place)
+    place, teacher_place = places(config)
+    student, teacher = models(config, place, teacher_place)
     _check_length(config, student, teacher)
     task = _task(config, student, teacher)
-    check_context(config, place, {"student": student, "teacher": teacher})
+    check_context(config, place, {"student": student})
+    check_context(config, teacher_place, {"teacher": teacher})
     tokenizer = tokenizer_of(config, student, teacher)
     data.check_fits(tokenizer, student.model.config.vocab_size)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
@@ -142,7 +63,20 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         gist=config.student.gist,
     )
     _check_length(config, student, teacher, len(loader.shared))
-    return Job(config, place, student, teacher, tokenizer, loader, recipe(config, place, student, teacher))
+    made = recipe(config, place, student, teacher, apart=teacher_place is not place)
+    return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made)
+
+
+def places(config: Config, devices: Sequence[Any] | None = None) -> tuple[Placement, Placement]:
+    """Return where student and teacher lie.
+
+    Raises:
+        UserError: meshes that cannot be, or over which a batch does not split.
+    """
+    found = placements(config.mesh, config.teacher_mesh, devices)
+    for place in found:
+        place.check_batch(config.batch_size, config.microbatches)
+    return found
 
 
 def _shares(config: Config, teacher: Named | None) -> bool:
@@ -212,18 +146,19 @@ def check_context(config: Config, place: Placement, models: dict[str, Named | No
     place.check_context(lengths, {who: named.model.config.heads for who, named in models.items() if named is not None})
 
 
-def recipe(config: Config, place: Placement, student: Named, teacher: Named | None) -> Recipe:
-    """Return what the step is made of."""
+def recipe(config: Config, place: Placement, student: Named, teacher: Named | None, apart: bool = False) -> Recipe:
+    """Return what the step is made of; with a teacher `apart` batches bring what it says."""
     objective, widths = _with_features(config.objective, student, teacher)
     params = jax.eval_shape(
         lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
         jax.random.key(0),
     )
+    live = None if teacher is None else live_teacher(teacher.model, tapped(objective.features, 1))
     return Recipe(
         model=student.model,
         objective=objective,
         optimizer=optim.optimizer(config.optim, config.steps, params),
-        signal_of=no_teacher if teacher is None else live_teacher(teacher.model, tapped(objective.features, 1)),
+        signal_of=(brought(teacher.model) if apart and teacher else live) or no_teacher,
         steps=config.steps,
         microbatches=config.microbatches,
         seed=config.seed,

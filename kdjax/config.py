@@ -26,7 +26,7 @@ from kdjax.losses import ObjectiveConfig
 from kdjax.models.config import ModelSpec
 from kdjax.optim import OptimConfig
 from kdjax.sampling import AnswersConfig
-from kdjax.sharding import MeshConfig
+from kdjax.sharding import MeshConfig, TeacherMeshConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,6 +66,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
+    teacher_mesh: TeacherMeshConfig = TeacherMeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     steps: int = 100
     """Batches to train on."""
@@ -105,6 +106,11 @@ class Config:
                 f"teacher_follows is {self.teacher_follows!r}, but the student does not start as the teacher; set "
                 "student.source to teacher and keep all layers"
             )
+        if self.teacher_mesh.devices and (self.teacher is None or self.teacher_follows != "nothing"):
+            raise UserError(
+                "teacher_mesh.devices gives the teacher a mesh of its own, but the config has no teacher, or one that "
+                "follows the student; set it to 0"
+            )
         if self.answers.by == "teacher" and self.teacher is None:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
@@ -119,8 +125,8 @@ class Config:
                 "student.gist wants two views: set data.student_view, with {{ gist }} behind the prompt, and "
                 "data.teacher_view, the same without it"
             )
-        if self.student.quantize != "none":
-            raise UserError("student.quantize is set, but what is trained stays float32; set the teacher's")
+        if self.student.quantize != "none" or self.student.offload:
+            raise UserError("student.quantize or student.offload is set, but a student is trained; set the teacher's")
         teacher = self.teacher
         if teacher and (teacher.trained or teacher.lora.rank or teacher.soft_prompt.tokens or teacher.gist):
             raise UserError(

@@ -35,12 +35,12 @@ def sums_of(params: Any, frozen: Any, batch: Batch, recipe: Recipe) -> dict[str,
     return jax.tree.map(lambda x: lax.psum(x, recipe.axis_name), sums)
 
 
-def evaluate(sums_of: Callable[[Batch], dict[str, Array]], batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(sums_of: Callable[[Any], dict[str, Array]], batches: Iterable[Any]) -> dict[str, float]:
     """Return figures of a whole split, each a sum over all tokens divided once.
 
     Args:
-        sums_of: the placed `sums_of` of one batch on the mesh.
-        batches: the split, on the mesh.
+        sums_of: the placed `sums_of` of one batch.
+        batches: the split, on the mesh, as `sums_of` takes it.
 
     Returns:
         `ce`, `perplexity` = exp(summed CE / tokens), `tokens`, `seconds`; with a teacher also `kl` (nats a token),

@@ -42,7 +42,7 @@ def evaluate_run(directory: Path) -> dict[str, Any]:
     if not batches:
         raise UserError(f"{directory} holds out no text to evaluate on: its data.eval_fraction is 0")
     params, frozen = {"student": replace(job.student, file=file).params(job.place, job.keys[0])}, job.frozen_teacher()
-    figures = evaluate(lambda batch: job.sums(params, frozen, batch), map(job.place.put_batch, batches))
+    figures = evaluate(lambda given: job.sums(params, *given), (job.given(frozen, batch) for batch in batches))
     named: dict[str, Any] = figures | {"held_out_sha256": job.data.held_out_hash}
     write_json(directory / "evaluation.json", named)
     return named

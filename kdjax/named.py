@@ -28,10 +28,12 @@ from kdjax.models import (
     select_kept,
     soft_prompt,
 )
+from kdjax.models.paths import nested, parameter_paths
 from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.sharding import Placement
 
 Open = Callable[[str], ModelFile]
+Part = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,28 @@ class Named:
         axes = self.model.logical_axes()
         return lora.join(axes, lora.adapter_axes(self.spec.lora, axes))
 
-    def params(self, place: Placement, key: jax.Array, dtype: str = "float32") -> Any:
-        """Return the parameters, each read or drawn straight to where it lies."""
+    def params(self, place: Placement, key: jax.Array, dtype: str = "float32", part: Part = dict) -> Any:
+        """Return the parameters, or a `part` of their tree, each read or drawn straight to where it lies."""
+
+        def of(place: Placement, on_host: bool) -> Any:
+            some = partial(_lying, on_host=on_host)
+            return self._params(place, key, dtype, lambda tree: some(part(tree)))
+
+        if self.spec.offload:
+            return lora.join(of(place, False), of(place.on_host, True))
+        return self._params(place, key, dtype, part)
+
+    def _params(self, place: Placement, key: jax.Array, dtype: str, part: Part) -> Any:
         kind = self.spec.quantize
         if self.file is not None:
-            axes = soft_prompt.axes_of(self.model, self.file.tensors)
-            return place.load(quantized(self.file.tensors, kind), quantized_axes(axes, kind), dtype)
-        where = place.state_shardings(jax.eval_shape(self.model.init, key), self.model.logical_axes())
-        return jax.jit(self.model.init, out_shardings=where)(key)
+            axes = part(soft_prompt.axes_of(self.model, self.file.tensors))
+            return place.load(quantized(part(self.file.tensors), kind), quantized_axes(axes, kind), dtype)
+
+        def init(key: jax.Array) -> Any:
+            return part(self.model.init(key))
+
+        where = place.state_shardings(jax.eval_shape(init, key), self.model.logical_axes())
+        return jax.jit(init, out_shardings=where)(key)
 
     def prefix(self, place: Placement, params: Any, tokens: Sequence[int]) -> Prefix:
         """Return what stands before every example, computed once, each head's part where the head's parameters lie."""
@@ -113,8 +129,9 @@ class Named:
         return self._loaded(place, 1, self.model.dtype) if whole is None else self._part(whole)[1]
 
     def shares(self, other: Named) -> bool:
-        """Return whether its frozen parameters are the other's: the same file and dtype, and not quantised."""
-        return self.file is other.file and self.model.dtype == other.model.dtype and other.spec.quantize == "none"
+        """Return whether its frozen parameters are the other's: same file and dtype, not quantised, not offloaded."""
+        is_plain = other.spec.quantize == "none" and not other.spec.offload
+        return self.file is other.file and self.model.dtype == other.model.dtype and is_plain
 
     def _loaded(self, place: Placement, which: int, dtype: str) -> Any:
         tensors = {} if self.file is None else self.file.tensors  # a random model is trained whole
@@ -141,13 +158,15 @@ class Named:
         return f"{self.file.source} {digest}"
 
 
-def models(config: Config, place: Placement, open_file: Open = open_model) -> tuple[Named, Named | None]:
-    """Return student and teacher.
+def models(
+    config: Config, place: Placement, teacher_place: Placement | None = None, open_file: Open = open_model
+) -> tuple[Named, Named | None]:
+    """Return student and teacher, which lies where the student does unless it has a place of its own.
 
     Raises:
         UserError: a model that is not there or does not load, or two vocabularies that differ.
     """
-    teacher = None if config.teacher is None else _named(config.teacher, place, open_file, None)
+    teacher = None if config.teacher is None else _named(config.teacher, teacher_place or place, open_file, None)
     student = _named(config.student, place, open_file, teacher)
     if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
         sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
@@ -166,6 +185,19 @@ def models(config: Config, place: Placement, open_file: Open = open_model) -> tu
             raise UserError(f"{why}, but its source is 'random'; name a model")
         lora.check(student.spec, student.file.tensors)
     return student, teacher
+
+
+def is_offloaded(path: str, leaf: Any) -> bool:
+    """Return whether a parameter of an offloaded model lies in the hosts' memory: a matrix of the layers.
+
+    Vectors do not: a TPU takes no single row out of an array of two dimensions that lies there.
+    """
+    return path.startswith("layers/") and len(getattr(leaf, "shape", leaf)) > 2
+
+
+def _lying(params: dict[str, Any], on_host: bool) -> dict[str, Any]:
+    """Return those parameters of an offloaded model, or of a tree like them, that lie in the hosts' memory, or not."""
+    return nested({path: x for path, x in parameter_paths(params).items() if is_offloaded(path, x) == on_host})
 
 
 def prompted(student: Named, tokenizer: data.Tokenizer, room: int) -> Named:
@@ -214,7 +246,12 @@ def _named(spec: ModelSpec, place: Placement, open_file: Open, teacher: Named | 
     if spec.source == "teacher" and teacher is not None:
         spec = _of_teacher(spec, teacher.spec)
     across: Any = {"attention": place.attention(attend), "layout": place.constrain, "dispatch": place.dispatch}
-    model = Model(architecture, spec.dtype, spec.remat, **across)
+    if spec.offload and (architecture.encoder_layers or place.by == "pmap"):
+        raise UserError(
+            "teacher.offload is for models of one stack, placed by jit; leave it out of encoder-decoders, or set "
+            "mesh.placement to jit"
+        )
+    model = Model(architecture, spec.dtype, spec.remat, **across, offloaded=spec.offload)
     return Named(model, file, name, spec)
 
 

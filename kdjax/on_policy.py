@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kdjax import data
-from kdjax.build import Job
 from kdjax.generate import generate
+from kdjax.job import Job
 from kdjax.shapes import Batch
 from kdjax.step import TrainState, student_params
 

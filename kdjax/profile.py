@@ -17,6 +17,7 @@ from kdjax.errors import UserError
 REGIONS = ("teacher", "student", "loss", "optimizer")
 """The named scopes of a training step. What a gradient computes bears the name of what it is the gradient of."""
 
+_MODULE = re.compile(r"HloModule ([^\s,]+)")
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*\bop_name="([^"]*)"', re.MULTILINE)
 _SCOPE = re.compile(rf"(?:^|[/(])({'|'.join(REGIONS)})[)/]")
 
@@ -105,40 +106,49 @@ class Tracer:
             jax.profiler.stop_trace()
 
 
-def shares(trace: Any, hlo: str) -> dict[str, float]:
-    """Return which share each of `REGIONS`, and `other`, has of the time that devices spent in a compiled module.
+def shares(trace: Any, *modules: str) -> dict[str, float]:
+    """Return which share each of `REGIONS`, and `other`, has of the time that devices spent in compiled modules.
 
     Args:
         trace: a `jax.profiler.ProfileData`.
-        hlo: the module's text, whose metadata names the scope that each operation comes from. An operation that the
+        modules: their texts, whose metadata names the scope that each operation comes from. An operation that the
             compiler has fused out of several scopes counts for the one that it names.
     """
-    region = {name: found[1] if (found := _SCOPE.search(path)) else "other" for name, path in _INSTRUCTION.findall(hlo)}
+    regions = {found[1] if (found := _MODULE.match(text)) else text: _regions(text) for text in modules}
     devices = [plane for plane in trace.planes if plane.name.startswith("/device:")]
     total: dict[str, float] = defaultdict(float)
     for plane in devices or trace.planes:
         for line in plane.lines:
-            for name, nanoseconds in _own_times(line.events):
-                if name in region:
-                    total[region[name]] += nanoseconds
+            for event, nanoseconds in _own_times(line.events):
+                module, name = dict(event.stats).get("hlo_module"), _operation(event)
+                known = [regions.get(module, {})] if module else regions.values()  # a TPU's events name none
+                for region in (region[name] for region in known if name in region):
+                    total[region] += nanoseconds
+                    break
     everything = sum(total.values())
     return {name: total[name] / everything for name in (*REGIONS, "other")} if everything else {}
 
 
-def _own_times(events: Iterable[Any]) -> Iterator[tuple[str, float]]:
-    """Yield the operation of each event, and how long it ran without those within it (a loop's, say)."""
-    open_ones: list[list[Any]] = []  # operation, end, time of its own
+def _regions(text: str) -> dict[str, str]:
+    """Return instruction -> region of a module."""
+    paths = _INSTRUCTION.findall(text)
+    return {name: found[1] if (found := _SCOPE.search(path)) else "other" for name, path in paths}
 
-    def closed(before: float) -> Iterator[tuple[str, float]]:
+
+def _own_times(events: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Yield each event, and how long it ran without those within it (a loop's, say)."""
+    open_ones: list[list[Any]] = []  # event, end, time of its own
+
+    def closed(before: float) -> Iterator[tuple[Any, float]]:
         while open_ones and open_ones[-1][1] <= before:
-            name, _, own = open_ones.pop()
-            yield name, own
+            event, _, own = open_ones.pop()
+            yield event, own
 
     for event in sorted(events, key=lambda event: (event.start_ns, -event.duration_ns)):
         yield from closed(event.start_ns)
         if open_ones:
             open_ones[-1][2] -= event.duration_ns
-        open_ones.append([_operation(event), event.start_ns + event.duration_ns, event.duration_ns])
+        open_ones.append([event, event.start_ns + event.duration_ns, event.duration_ns])
     yield from closed(float("inf"))
 
 

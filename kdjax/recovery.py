@@ -16,10 +16,10 @@ import numpy as np
 from jax import lax
 
 from kdjax import data
-from kdjax.build import Job
 from kdjax.data import Asked
-from kdjax.evaluate import forward_speed
+from kdjax.evaluate import evaluate, forward_speed, sums_of
 from kdjax.generate import generate
+from kdjax.job import Job, of_teacher
 from kdjax.losses import ObjectiveConfig, fused_kd_loss
 from kdjax.models import Model, bare
 from kdjax.models import gist as gists
@@ -27,8 +27,7 @@ from kdjax.models.config import SOFT_PROMPT
 from kdjax.models.soft_prompt import slots
 from kdjax.shapes import Array, Batch, View
 from kdjax.step import student_params
-from kdjax.student import divergence
-from kdjax.teacher import SignalOf, pick_rows
+from kdjax.teacher import brought, pick_rows, speaking
 
 Figures = dict[str, Any]
 
@@ -53,7 +52,7 @@ def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     plain, distilled = (teacher.model, frozen["teacher"]), (job.student.model, student)
     own, found = _answered(job, *distilled, held), Figures()
     for name, asked in (("recovered", held), ("recovered_own", own)):
-        of_plain = _divergences(job, *plain, frozen, _unprompted(asked))
+        of_plain = _divergences(job, *plain, of_teacher(frozen), _unprompted(asked))
         of_distilled = _divergences(job, *distilled, frozen, asked)
         found |= _shares(name, of_plain, of_distilled)
         if gists.places(student):
@@ -96,22 +95,34 @@ def _shares(name: str, unprompted_P: np.ndarray, distilled_P: np.ndarray) -> Fig
 
 
 def _divergences(job: Job, model: Model, params: Any, frozen: Any, examples: Sequence[Asked]) -> np.ndarray:
-    """Return Σ KL(prompted teacher ‖ model without the prompt) over each example's answer, in nats."""
+    """Return Σ KL(prompted teacher ‖ model without the prompt) over each example's answer, in nats.
+
+    `frozen` has what the teacher's head is made of where `params` lie, if the teacher does not lie there.
+    """
+    teacher: Any = None if job.teacher is None else job.teacher.model
+    head = frozen["teacher_head"] if "teacher_head" in frozen else teacher.head_part(frozen["teacher"])
     found = []
     for first in range(0, len(examples), BATCH):
         some = examples[first : first + BATCH]
         batch = data.in_rows([*some, *[some[-1]] * (BATCH - len(some))])
-        found += np.asarray(_sums(model, job.recipe.signal_of, params, frozen, batch))[: len(some)].tolist()
+        batch = replace(batch, signal=jax.device_get(_said(teacher, of_teacher(frozen), batch)))
+        found += np.asarray(_sums(model, teacher, params, head, batch))[: len(some)].tolist()
     return np.array(found)
 
 
+@partial(jax.jit, static_argnums=0)
+def _said(teacher: Model, frozen: Any, batch: Batch) -> dict[str, Array]:
+    """Return what the teacher says of a batch."""
+    return speaking(teacher, {}, 1)(frozen, jax.tree.map(jax.numpy.asarray, batch))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _sums(model: Model, signal_of: SignalOf, params: Any, frozen: Any, batch: Batch) -> Array:
+def _sums(model: Model, teacher: Model, params: Any, teacher_head: Any, batch: Batch) -> Array:
     """Return the divergence of each row of a batch, summed over its tokens."""
     batch = jax.tree.map(jax.numpy.asarray, batch)
     shape = batch.targets_BR.shape
     hidden_ND = pick_rows(model.apply(params, batch.student).hidden_BTD, batch.student_rows_BR)
-    signal: Any = signal_of(frozen, batch)
+    signal: Any = brought(teacher)({"teacher_head": teacher_head}, batch)
     head = model.head(params)
 
     def of_row(row: tuple[Array, ...]) -> Array:
@@ -151,7 +162,8 @@ def _forgetting(job: Job, params: Any, frozen: Any) -> Figures:
     loader = data.build(text, job.tokenizer, batch_size=config.batch_size)
     batches = loader.evaluation(config.batch_size)
     alone = {name: tree for name, tree in frozen.items() if name != "teacher_prefix"}
-    figures = divergence(job.place, job.student, params["student"], teacher, alone, batches)
+    sums = job.place.compile_sums(partial(sums_of, recipe=replace(job.recipe, objective=ObjectiveConfig())))
+    figures = evaluate(lambda given: sums(params, *given), (job.given(alone, batch) for batch in batches))
     return {"kl": figures["kl"], "tokens": figures["tokens"], "held_out_sha256": loader.held_out_hash}
 
 

@@ -217,6 +217,11 @@ class Axes(NamedTuple):
     """This one holds other parts of the vocabulary."""
 
 
+def in_parts(x_B: Array, parts: int) -> Array:
+    """Return x as [A, B/A, …]; part a has the rows a, a + A, …, so that each spans all devices evenly."""
+    return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
+
+
 def left_padded(rows: Sequence[Sequence[int]], unit: int) -> View:
     """Return token rows ending in the same column, padding (segment 0) before them to a multiple of `unit`."""
     width = -(-max(map(len, rows)) // unit) * unit

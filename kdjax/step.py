@@ -15,7 +15,7 @@ from kdjax.errors import UserError
 from kdjax.losses import FEATURES, Feature, ObjectiveConfig, Shard, fused_kd_loss, one_device
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
 from kdjax.models import Model, lora
-from kdjax.shapes import Array, Batch, Signal
+from kdjax.shapes import Array, Batch, Signal, in_parts
 from kdjax.teacher import SignalOf, pick_rows
 
 
@@ -238,7 +238,7 @@ def gradient(recipe: Recipe, state: TrainState, frozen: Any, batch: Batch) -> tu
         weights["real_tokens"] = total(jnp.sum(batch.student.segment_BT > 0).astype(jnp.float32))
     token_weight = 1 / jnp.maximum(weights.get("real_tokens", 1.0), 1.0)
     row_keys_B = _row_keys(recipe, state.step, batch.targets_BR.shape[0])
-    microbatches = jax.tree.map(lambda x: _split(x, recipe.microbatches), (batch, row_keys_B))
+    microbatches = jax.tree.map(lambda x: in_parts(x, recipe.microbatches), (batch, row_keys_B))
     progress = jnp.clip(state.step / max(recipe.steps - 1, 1), 0, 1)  # 0 at the first step, 1 at the last
     differentiate = jax.value_and_grad(
         lambda params, micro, keys_B: loss_sums(recipe, params, frozen, micro, keys_B, progress, token_weight),
@@ -278,8 +278,3 @@ def _row_keys(recipe: Recipe, step: Array, rows: int) -> Array | None:
     first = 0 if recipe.axis_name is None else lax.axis_index(recipe.axis_name) * rows
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
-
-
-def _split(x_B: Array, parts: int) -> Array:
-    """Return x as [A, B/A, …]; microbatch a has the rows a, a + A, …, so that each spans all devices evenly."""
-    return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)

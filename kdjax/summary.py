@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from kdjax import data
-from kdjax.build import Job
 from kdjax.environment import describe
 from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
+from kdjax.job import Job
 from kdjax.models import Model, byte_count, parameter_count
 from kdjax.recovery import recovery
 from kdjax.shapes import Batch, View
@@ -52,15 +52,15 @@ def quantizing(job: Job, frozen: Any) -> Summary:
 
     Nothing where it is not quantised or gives no logits. The whole teacher is in memory beside it meanwhile.
     """
-    teacher, batches = job.teacher, job.data.evaluation(job.config.batch_size)
+    teacher, place, batches = job.teacher, job.teacher_place, job.data.evaluation(job.config.batch_size)
     if teacher is None or teacher.spec.quantize == "none" or not (job.config.objective.logits and batches):
         return {}
     whole = replace(teacher, spec=replace(teacher.spec, quantize="none"))
-    kept: dict[str, Any] = {"teacher": whole.params(job.place, job.keys[1], whole.model.dtype)}
+    kept: dict[str, Any] = {"teacher": whole.params(place, job.keys[1], whole.model.dtype)}
     if job.data.shared:
-        kept["teacher_prefix"] = whole.prefix(job.place, kept["teacher"], job.data.shared)
+        kept["teacher_prefix"] = whole.prefix(place, kept["teacher"], job.data.shared)
         kept["student_prefix"] = frozen["teacher_prefix"]  # it is the quantised teacher that is measured as a student
-    figures = divergence(job.place, teacher, frozen["teacher"], whole, kept, [_of_teacher(batch) for batch in batches])
+    figures = divergence(place, teacher, frozen["teacher"], whole, kept, [_of_teacher(batch) for batch in batches])
     return {f"{name}_quantized": figures[name] for name in ("kl", "agreement")}
 
 

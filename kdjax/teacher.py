@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kdjax.models import Model
-from kdjax.shapes import Array, Batch, Signal
+from kdjax.shapes import Array, Batch, Signal, in_parts
 
 SignalOf = Callable[[Any, Batch], Signal | None]
 """``signal_of(frozen, microbatch)``: called inside the microbatch loop."""
@@ -45,5 +46,45 @@ def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = No
         taps = {name: jnp.stack([output.taps[name][i] for i in numbers]) for name, numbers in layers.items()}
         hidden_ND, taps = lax.stop_gradient((pick_rows(output.hidden_BTD, rows_BR), taps))
         return Signal(hidden_ND, model.head(params), taps)
+
+    return signal_of
+
+
+def speaking(
+    model: Model, layers: Mapping[str, tuple[int, ...]], microbatches: int
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Return what a teacher on devices of its own runs there: ``speak(frozen, batch)``, of a whole batch.
+
+    It gives what `brought` makes a signal of: hidden states at the compared rows, `hidden_BRD`, and each tap that is
+    asked for, by name, [B, layers asked for, T, …].
+    """
+    signal_of = live_teacher(model, layers)
+
+    def of_some(frozen: Any, batch: Batch) -> dict[str, Array]:
+        signal: Any = signal_of(frozen, batch)
+        hidden_BRD = signal.hidden_ND.reshape(*batch.student_rows_BR.shape, -1)
+        return {"hidden_BRD": hidden_BRD} | {name: jnp.swapaxes(tap, 0, 1) for name, tap in signal.taps.items()}
+
+    def speak(frozen: Any, batch: Batch) -> dict[str, Array]:
+        parts = jax.tree.map(lambda x: in_parts(x, microbatches), batch)
+        with jax.named_scope("teacher"):
+            said = lax.map(lambda some: of_some(frozen, some), parts)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), said)
+
+    return speak
+
+
+def brought(model: Model) -> SignalOf:
+    """Return the signal that a batch brings along, said by `speaking`; of the teacher only its head is wanted here.
+
+    What the head is made of is ``frozen["teacher_head"]`` (`Model.head_part`).
+    """
+
+    def signal_of(frozen: Any, batch: Batch) -> Signal:
+        said = dict(batch.signal)
+        hidden_BRD = said.pop("hidden_BRD")
+        taps = {name: jnp.swapaxes(tap, 0, 1) for name, tap in said.items()}
+        head = model.head(lax.stop_gradient(frozen["teacher_head"]))
+        return Signal(hidden_BRD.reshape(-1, hidden_BRD.shape[-1]), head, taps)
 
     return signal_of

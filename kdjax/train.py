@@ -19,11 +19,12 @@ from jax.experimental import multihost_utils
 from kdjax import config as configs
 from kdjax import manifest, profile, summary
 from kdjax.answers import ANSWERS, PROGRESS, answered
-from kdjax.build import Job, build
+from kdjax.build import build
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
+from kdjax.job import Job
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
 from kdjax.models.adapter import BASE
@@ -217,13 +218,13 @@ def _steps(run: Run) -> None:
         batch, run.data_state = next(batches)
         if is_students(run.job, run.step):
             batch = reanswered(run.job, run.state, run.frozen, batch, run.step)
-        placed = run.job.place.put_batch(batch)
         with run.tracer.step(run.step + 1, run.state):
-            run.state, metrics = run.job.step(run.state, run.frozen, placed)
+            given = run.job.given(run.frozen, batch)
+            run.state, metrics = run.job.step(run.state, *given)
         run.step += 1
         if run.tracer.is_last(run.step):
             with run.pace.paused():
-                _tell_of_trace(run, placed)
+                _tell_of_trace(run, given)
         run.checkpoints.check()
         if late:
             _log(run, *late)
@@ -287,11 +288,12 @@ def _tracer(run: Run, traced: profile.Span | None) -> profile.Tracer:
     return profile.Tracer(run.directory / "profile", traced if jax.process_index() == 0 else None)
 
 
-def _tell_of_trace(run: Run, batch: Batch) -> None:
+def _tell_of_trace(run: Run, given: tuple[Any, Batch]) -> None:
     """End the trace, and say what takes the time in it."""
     jax.block_until_ready(run.state)
     trace = run.tracer.stop()
-    shares = profile.shares(trace, run.job.step.lower(run.state, run.frozen, batch).compile().as_text())
+    lowered = run.job.lowered(run.state, run.frozen, given[1])
+    shares = profile.shares(trace, *(each.compile().as_text() for each in lowered))
     run.summary["profile"] = shares
     said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "no operation of the step was found"
     log.info("%s holds the trace, up to step %d; of the devices' time: %s", run.directory / "profile", run.step, said)
@@ -321,16 +323,16 @@ def _look(run: Run) -> None:
         return
     if run.step not in run.looks:
         with run.pace.paused():
-            figures = evaluate(lambda batch: run.job.sums(run.state.params, run.frozen, batch), _held_out(run))
+            figures = evaluate(lambda given: run.job.sums(run.state.params, *given), _held_out(run))
         run.write(run.step, {f"eval_{name}": value for name, value in figures.items()})
         run.looks[run.step] = figures
     _save(run)
 
 
-def _held_out(run: Run) -> Iterator[Batch]:
+def _held_out(run: Run) -> Iterator[tuple[Any, Batch]]:
     for batch in run.job.data.evaluation(run.job.config.batch_size):
         _stop_if_asked(run)
-        yield run.job.place.put_batch(batch)
+        yield run.job.given(run.frozen, batch)
 
 
 def _save(run: Run) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kdjax.build import Job
+from kdjax.job import Job
 from kdjax.plan.chips import CHIPS
 from kdjax.plan.flops import Flops, step_flops
 
@@ -47,9 +47,9 @@ def utilisation(job: Job, flops: Flops, tokens_per_second: float) -> dict[str, f
         `model_flops_per_second`: what the models' mathematics needs, a device and second. `mfu`: its share of the peak
         in the student's dtype (Chowdhery et al., 2022, appendix B). `hfu`: with what is masked or computed again.
     """
-    config, devices = job.config, job.place.mesh.devices
-    steps_per_second = tokens_per_second / (config.batch_size * config.data.sequence_length) / devices.size
-    most = peak(devices.flat[0].device_kind, job.student.spec.dtype)
+    config, devices = job.config, job.devices
+    steps_per_second = tokens_per_second / (config.batch_size * config.data.sequence_length) / len(devices)
+    most = peak(devices[0].device_kind, job.student.spec.dtype)
     found = {"model_flops_per_second": flops.useful * steps_per_second}
     shares: dict[str, Any] = {"mfu": flops.useful, "hfu": flops.done} if most else {}
     return found | {name: amount * steps_per_second / most for name, amount in shares.items()}

@@ -15,7 +15,7 @@ FLOORS = (
     ("the door", {"cli", "__main__", "arguments"}),
     (
         "jobs",
-        {"train", "build", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
+        {"train", "build", "job", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
         | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),

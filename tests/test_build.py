@@ -12,9 +12,10 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 
 from kdjax import config as configs
-from kdjax.build import Job, build
+from kdjax.build import build
 from kdjax.data import load_tokenizer
 from kdjax.errors import UserError
+from kdjax.job import Job
 from kdjax.models import Model, ModelConfig, ModelSpec, export
 
 SMALL = ModelConfig(vocab_size=264, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=32)

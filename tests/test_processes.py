@@ -50,17 +50,17 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(stack, home, count, *arguments, command=KDJAX):  # noqa: F811
+def start(stack, home, count, *arguments, command=KDJAX, devices=1):  # noqa: F811
     """Start a job of so many processes; whatever comes, all are gone when the stack ends.
 
-    Each has one device: jax 0.10's gloo can deadlock with more.
+    Each has one device, of a mesh: jax 0.10's gloo can deadlock with more.
     """
     job = ["--distributed.coordinator", free_address(), "--distributed.processes", str(count), "--distributed.process"]
     processes = [
         subprocess.Popen(
             [*command, *map(str, arguments), *job, str(index)],
             cwd=home,
-            env=tiny_run.environment(home, JAX_NUM_CPU_DEVICES="1"),
+            env=tiny_run.environment(home, JAX_NUM_CPU_DEVICES=str(devices)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -101,21 +101,35 @@ def test_two_processes_train_as_one_does(home, alone):  # noqa: F811
     assert_same(rows(home / "two"), alone)
 
 
-def test_a_job_stopped_on_two_processes_goes_on_with_one(home, alone):  # noqa: F811
+def test_a_teacher_apart_speaks_to_the_students_devices_of_its_process(home, alone):  # noqa: F811
+    """Of two processes with two devices each, one of them the teacher's."""
+    arguments = ("train", "tiny.py", "--run-dir", "apart", *FLAGS, "--teacher-mesh.devices", 2)
     with ExitStack() as stack:
-        processes = start(stack, home, 2, "train", "tiny.py", "--run-dir", "fewer", *FLAGS)
-        end = time.monotonic() + LIMIT_SECONDS
-        while last_step(home / "fewer") < 15 and time.monotonic() < end and processes[0].poll() is None:
-            time.sleep(0.005)
-        processes[1].send_signal(signal.SIGTERM)
-        codes, said = ended(processes)
-    assert codes == [128 + signal.SIGTERM] * 2, said
-    stopped_at = last_step(home / "fewer")
-    assert 15 <= stopped_at < STEPS
-    got = tiny_run.run(home, "train", "fewer")
+        codes, said = ended(start(stack, home, 2, *arguments, devices=2))
+    assert codes == [0, 0], said
+    assert_same(rows(home / "apart"), alone)
+
+
+def test_a_job_goes_on_with_any_number_of_processes(home, alone):  # noqa: F811
+    """Begun on two, stopped, gone on with four, stopped, ended by one: no example is lost or seen twice."""
+    arguments, saved = ("train", "tiny.py", "--run-dir", "elastic", *FLAGS), 0
+    for count, step in ((2, 15), (4, 35)):
+        with ExitStack() as stack:
+            processes = start(stack, home, count, *arguments)
+            end = time.monotonic() + LIMIT_SECONDS
+            while last_step(home / "elastic") < step and time.monotonic() < end and processes[0].poll() is None:
+                time.sleep(0.005)
+            processes[1].send_signal(signal.SIGTERM)
+            codes, said = ended(processes)
+        assert codes == [128 + signal.SIGTERM] * count, said
+        assert saved == 0 or f"elastic goes on after step {saved}\n" in said[0][1]
+        saved = last_step(home / "elastic")
+        assert step <= saved < STEPS
+        arguments = ("train", "elastic")
+    got = tiny_run.run(home, "train", "elastic")
     assert got.returncode == 0, got.stderr
-    assert got.stderr.startswith(f"kdjax: fewer goes on after step {stopped_at}\n")
-    assert_same(rows(home / "fewer"), alone)
+    assert got.stderr.startswith(f"kdjax: elastic goes on after step {saved}\n")
+    assert_same(rows(home / "elastic"), alone)
 
 
 PROCESSES = {

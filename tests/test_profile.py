@@ -4,7 +4,6 @@ import gzip
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from tiny_run import home, rows, run  # noqa: F401 (home is a fixture)
 
@@ -112,10 +111,9 @@ def test_steps_that_a_run_has_not_are_refused(home, steps, why):  # noqa: F811
 
 
 def job(kind, devices=4, dtype="bfloat16"):
-    mesh = SimpleNamespace(devices=np.full((2, devices // 2), SimpleNamespace(device_kind=kind)))
     return SimpleNamespace(
         config=SimpleNamespace(batch_size=8, data=SimpleNamespace(sequence_length=1000)),
-        place=SimpleNamespace(mesh=mesh),
+        devices=[SimpleNamespace(device_kind=kind)] * devices,
         student=SimpleNamespace(spec=SimpleNamespace(dtype=dtype)),
     )
 

@@ -14,10 +14,10 @@ from tiny_run import OF_THE_START, home, last_step, rows, run, run_until  # noqa
 
 from kdjax import config as configs
 from kdjax import manifest
-from kdjax.build import Job
 from kdjax.checkpoint import open_params
 from kdjax.data import Data
 from kdjax.errors import UserError
+from kdjax.job import Job
 from kdjax.lock import lock_run
 from kdjax.train import train
 

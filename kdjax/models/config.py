@@ -317,6 +317,8 @@ class ModelSpec:
     """What the backward pass recomputes: nothing, all but matmuls with weights (`dots`), or whole layers (`full`)."""
     quantize: Quantize = "none"
     """Of a teacher: keep its matrices in 8 bits, or in 4 with 8 for embedding and head; computed in `dtype`."""
+    offload: bool = False
+    """Of a teacher: keep the weights of its layers in the host's memory; each layer comes to the chips for its turn."""
     lora: Lora = Lora()
     """Of a student: train adapters, and nothing else unless `trained` says so."""
     trained: tuple[str, ...] = ()

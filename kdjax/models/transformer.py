@@ -56,6 +56,7 @@ class Stack(nn.Module):
     layout: Layout
     dispatch: Dispatch
     taps: tuple[str, ...] = ()
+    offloaded: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, view: View, row_keys_B: Array | None) -> Array:
@@ -120,6 +121,8 @@ class Stack(nn.Module):
         layer: Any = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        if self.offloaded:
+            layer = nn.map_variables(layer, "params", trans_in_fn=to_device)
         scan: Any = nn.scan
         return scan(
             layer,
@@ -130,6 +133,11 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # one trace of the layer, not two
         )
+
+
+def to_device(tree: Any) -> Any:
+    """Return arrays in the devices' own memory."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 class Transformer(Stack):
@@ -230,6 +238,7 @@ class Model:
         attention: the kernel; `Placement.attention(attend)` where the tokens of a row lie on several devices.
         layout: says where activations lie (`Placement.constrain`); `anywhere` leaves it open.
         dispatch: takes tokens to experts that lie on several devices (`Placement.dispatch`); `here` knows but one.
+        offloaded: the parameters of the layers lie in the host's memory; each layer's are fetched for its turn.
     """
 
     config: ModelConfig
@@ -238,6 +247,7 @@ class Model:
     attention: Attention = attend
     layout: Layout = anywhere
     dispatch: Dispatch = here
+    offloaded: bool = False
 
     def init(self, key: Array) -> dict:
         """Return random parameters: a nested dict of float32 arrays, layers stacked on the first axis."""
@@ -331,6 +341,13 @@ class Model:
         w_DV = dequantized(w_DV, self.dtype)
         return Head(w_DV, own.get("bias"), c.labels or c.vocab_size, c.head_soft_cap, c.head_scale)
 
+    def head_part(self, tree: dict) -> dict:
+        """Return what `head` is made of, out of the parameters or a tree like them."""
+        if not self.config.tie_head:
+            return {head_name(self.config): tree[head_name(self.config)]}
+        biased = {name: tree[name] for name in (head_name(self.config),) if name in tree}
+        return {"embed": {"embedding": tree["embed"]["embedding"]}} | biased
+
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache with room for `slots` tokens in each of `batch` rows; an encoder's view adds its own."""
         c = self.config
@@ -339,13 +356,12 @@ class Model:
         return Cache((k_LBSGK, jnp.zeros_like(k_LBSGK)), segment_BS, jnp.zeros((), jnp.int32))
 
     def _module(self, taps: tuple[str, ...] = ()) -> Transformer:
-        return Transformer(
-            self.config, jnp.dtype(self.dtype), self.remat, self.attention, self.layout, self.dispatch, taps
-        )
+        across = self.attention, self.layout, self.dispatch
+        return Transformer(self.config, jnp.dtype(self.dtype), self.remat, *across, taps, self.offloaded)
 
     def _boxed(self, key: Array) -> dict:
         token_BT = jnp.zeros((1, 1), jnp.int32)
         view = View(token_BT, token_BT, token_BT)
         view = replace(view, encoder=view) if self.config.encoder_layers else view
-        variables: Any = self._module().init(key, view)
+        variables: Any = replace(self, offloaded=False)._module().init(key, view)
         return variables["params"]

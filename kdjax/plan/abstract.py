@@ -10,16 +10,18 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from kdjax.build import Job, check_context, recipe
+from kdjax.build import check_context, places, recipe
 from kdjax.config import Config
 from kdjax.errors import UserError
+from kdjax.job import Job
 from kdjax.models import LazyTensor, Model, ModelConfig, ModelFile, open_model
 from kdjax.models.known import known_architecture
 from kdjax.models.lora import is_trained, part
+from kdjax.models.paths import nested, parameter_paths
 from kdjax.models.quantize import quantized, quantized_axes
-from kdjax.named import Named, models
+from kdjax.named import Named, is_offloaded, models
 from kdjax.shapes import Batch, View
-from kdjax.sharding import Placement, placement
+from kdjax.sharding import ON_HOST, Placement
 
 
 def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
@@ -28,14 +30,14 @@ def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
     Raises:
         UserError: whatever of the config cannot be, on so many devices.
     """
-    place = placement(config.mesh, devices)
-    place.check_batch(config.batch_size, config.microbatches)
+    place, teacher_place = places(config, devices)
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
-    student, teacher = models(config, place, open_file=unread)
-    check_context(config, place, {"student": student, "teacher": teacher})
-    nothing = cast(Any, None)
-    return Job(config, place, student, teacher, nothing, nothing, recipe(config, place, student, teacher))
+    student, teacher = models(config, place, teacher_place, unread)
+    check_context(config, place, {"student": student})
+    check_context(config, teacher_place, {"teacher": teacher})
+    nothing, made = cast(Any, None), recipe(config, place, student, teacher, apart=teacher_place is not place)
+    return Job(config, place, teacher_place, student, teacher, nothing, nothing, made)
 
 
 def unread(source: str) -> ModelFile:
@@ -56,7 +58,9 @@ def _lazy(config: ModelConfig) -> dict[str, Any]:
 
 def abstract_frozen(job: Job) -> dict[str, Any]:
     """Return shapes, dtypes and places of what `Job.frozen` gives; the teacher reads its whole view in each row."""
-    frozen = {} if job.teacher is None else {"teacher": _loaded(job.teacher, job.place)}
+    frozen = {} if job.teacher is None else {"teacher": _loaded(job.teacher, job.teacher_place)}
+    if job.apart and job.teacher is not None:
+        frozen["teacher_head"] = job.teacher.model.head_part(_loaded(job.teacher, job.place))
     if job.student.is_whole:
         return frozen
     whole = _loaded(job.student, job.place)
@@ -65,6 +69,19 @@ def abstract_frozen(job: Job) -> dict[str, Any]:
 
 def _loaded(named: Named, place: Placement) -> Any:
     """Return a model's parameters as `Named.params` would, in the compute dtype where they come from a file."""
+    tree = _on_devices(named, place)
+    if not named.spec.offload:
+        return tree
+    host = {path for path, axes in parameter_paths(named.model.logical_axes()).items() if is_offloaded(path, axes)}
+
+    def on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(ON_HOST))
+
+    leaves = parameter_paths(tree).items()
+    return nested({path: jax.tree.map(on_host, leaf) if path in host else leaf for path, leaf in leaves})
+
+
+def _on_devices(named: Named, place: Placement) -> Any:
     if named.file is None:
         shapes = jax.eval_shape(named.model.init, jax.random.key(0))
         where = place.state_shardings(shapes, named.model.logical_axes())

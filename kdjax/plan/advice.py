@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdjax.build import Job
+from kdjax.job import Job
 from kdjax.plan.estimate import Sizes
 
 

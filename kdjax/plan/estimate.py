@@ -6,17 +6,19 @@ send at its links' rate. The longest is the time at best; their sum is the time 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdjax.build import Job
+from kdjax.job import Job
 from kdjax.losses.sizes import COPIES, chunk_size
 from kdjax.models import ModelConfig
 from kdjax.models.config import ModelSpec
+from kdjax.named import Named
 from kdjax.plan.chips import Machine
 from kdjax.plan.flops import RECOMPUTED, Flops
 from kdjax.plan.hlo import Collective
+from kdjax.sharding import Placement
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 PLAIN_SCORES = 12
@@ -48,12 +50,13 @@ class Sizes:
     is_flash: bool
 
 
-def sizes_of(job: Job, kind: str) -> Sizes:
-    """Return what a device of some kind works on."""
-    config, mesh, c = job.config, dict(job.place.mesh.shape), job.student.model.config
+def sizes_of(job: Job, kind: str, place: Placement | None = None) -> Sizes:
+    """Return what a device of some kind works on, where the student lies or at a place given."""
+    place = place or job.place
+    config, mesh, c = job.config, dict(place.mesh.shape), job.student.model.config
     data = config.data
     length = (data.target_length or data.sequence_length) if c.encoder_layers else data.sequence_length
-    tokens = config.batch_size * length // (job.place.batch_devices * mesh["context"] * config.microbatches)
+    tokens = config.batch_size * length // (place.batch_devices * mesh["context"] * config.microbatches)
     tensor = mesh["tensor"] if c.vocab_size % mesh["tensor"] == 0 else 1
     columns = (c.labels or c.vocab_size) // tensor
     chunk = tokens if config.objective.implementation == "reference" else chunk_size(config.objective, tokens, columns)
@@ -84,12 +87,17 @@ def work_bytes(job: Job, sizes: Sizes, trained: int) -> float:
     phases = [saved + sizes.tokens * of_layer + _gathered(student, spec, sizes) + gradient]
     head = gradient + width * student.width * sizes.columns
     if job.teacher is not None:
-        c, its = job.teacher.model.config, job.teacher.spec
-        phases.append(sizes.tokens * _at_work(c, its, sizes, 1) + _gathered(c, its, sizes))
-        head += WIDTHS[its.dtype] * c.width * sizes.columns
+        phases.append(0 if job.apart else teachers_work(job.teacher, sizes))
+        head += WIDTHS[job.teacher.spec.dtype] * job.teacher.model.config.width * sizes.columns
     if has_head:
         phases.append(saved + head + COPIES * 4 * sizes.chunk * sizes.columns)
     return 2 * trained + max(phases)  # gradients: those added up, and a microbatch's
+
+
+def teachers_work(teacher: Named, sizes: Sizes) -> float:
+    """Return about how many bytes a device works with while the teacher reads a microbatch."""
+    c, spec = teacher.model.config, teacher.spec
+    return sizes.tokens * _at_work(c, spec, sizes, 1) + _gathered(c, spec, sizes)
 
 
 def _at_work(c: ModelConfig, spec: ModelSpec, sizes: Sizes, directions: int) -> float:
@@ -123,16 +131,14 @@ def moved_bytes(job: Job, sizes: Sizes, held: dict[str, int]) -> float:
     passes, gathers = 3 + again[0], sizes.gathers
     copies = 1 + (gathers > 1)  # a gathered part is written before it is read
     weights = passes * copies * held["student"] * gathers * width / 4
-    weights += copies * held["teacher"] * gathers if job.teacher is not None else 0
     moved = sizes.microbatches * (weights + 2 * held["trained"])  # gradients are added up
     moved += 2 * (held["trained"] + held["optimizer"]) + 2 * held["trained"]
     tokens = sizes.tokens * sizes.microbatches
     per_token = c.layers * passes * layer_widths(c) * width
     score = 0 if sizes.is_flash else PLAIN_SCORES * sizes.length
     per_token += c.layers * (3 + again[1]) * c.heads * score
-    if job.teacher is not None and job.config.objective.needs_teacher:
-        t = job.teacher.model.config
-        per_token += t.layers * (layer_widths(t) * WIDTHS[job.teacher.spec.dtype] + t.heads * score)
+    if job.teacher is not None and not job.apart:
+        moved += teacher_moves(job, job.teacher, sizes, held["teacher"])
     moved += tokens * per_token / sizes.tensor
     if job.config.objective.logits:
         chunks = -(-sizes.tokens // sizes.chunk) * sizes.microbatches
@@ -140,8 +146,25 @@ def moved_bytes(job: Job, sizes: Sizes, held: dict[str, int]) -> float:
     return moved
 
 
+def teacher_moves(job: Job, teacher: Named, sizes: Sizes, held: int) -> float:
+    """Return about how many bytes a device reads and writes while the teacher reads a batch, `held` being its part."""
+    c, gathers = teacher.model.config, sizes.gathers
+    moved = sizes.microbatches * (1 + (gathers > 1)) * held * gathers
+    if not job.config.objective.needs_teacher:
+        return moved
+    score = 0 if sizes.is_flash else PLAIN_SCORES * sizes.length
+    per_token = c.layers * (layer_widths(c) * WIDTHS[teacher.spec.dtype] + c.heads * score)
+    return moved + sizes.tokens * sizes.microbatches * per_token / sizes.tensor
+
+
 def estimate(
-    job: Job, machine: Machine, flops: Flops, moved: float, found: Sequence[Collective] | None, price: float | None
+    job: Job,
+    machine: Machine,
+    flops: Flops,
+    moved: float,
+    found: Sequence[Collective] | None,
+    price: float | None,
+    teacher: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return bounds of a step's time, and what follows of them; nothing where the chip's rates are not known.
 
@@ -152,17 +175,20 @@ def estimate(
         moved: bytes to and from a device's memory.
         found: the collectives of a device; None is not known.
         price: dollars for a chip and an hour.
+        teacher: `seconds` of a teacher apart, which is at the next batch meanwhile, or before where it shares devices.
     """
     chip = machine.chip
     if not chip.bfloat16:
         return {}
-    of_student = getattr(chip, job.student.spec.dtype)
+    of_student, chips = getattr(chip, job.student.spec.dtype), job.place.mesh.size / chip.devices
     of_teacher = getattr(chip, job.teacher.spec.dtype) if job.teacher is not None else of_student
-    compute = (flops.teacher / of_teacher + (flops.done - flops.teacher) / of_student) / machine.chips
-    seconds = {"compute": compute, "memory": moved * chip.devices / chip.memory_rate}
-    if found is not None:
-        seconds["network"] = sum(row.sent for row in found) * chip.devices / chip.network
+    within = 0 if job.apart else flops.teacher / of_teacher
+    seconds = bounds(machine, (within + (flops.done - flops.teacher) / of_student) / chips, moved, found)
     best, apart = max(seconds.values()), sum(seconds.values())
+    if teacher:
+        together = max if job.config.teacher_mesh.devices > 0 else lambda own, its: own + its
+        best, apart = together(best, max(teacher.values())), together(apart, sum(teacher.values()))
+        seconds["teacher"] = max(teacher.values())
     tokens = job.config.batch_size * job.config.data.sequence_length
     result: dict[str, Any] = {"seconds": seconds, "bound_by": max(seconds, key=lambda name: seconds[name])}
     for name, time in (("at_best", best), ("without_overlap", apart)):
@@ -174,3 +200,12 @@ def estimate(
         if price is not None:
             result[name]["dollars_per_billion_tokens"] = machine.chips * price / 3600 * time / tokens * 1e9
     return result
+
+
+def bounds(machine: Machine, compute: float, moved: float, found: Sequence[Collective] | None) -> dict[str, float]:
+    """Return the least seconds for FLOPs, as given, for bytes to and from memory and for what collectives send."""
+    chip = machine.chip
+    seconds = {"compute": compute, "memory": moved * chip.devices / chip.memory_rate}
+    if found is not None:
+        seconds["network"] = sum(row.sent for row in found) * chip.devices / chip.network
+    return seconds

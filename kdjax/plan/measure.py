@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 
-from kdjax.build import Job
 from kdjax.config import Config
 from kdjax.environment import compiling_for
 from kdjax.errors import UserError
+from kdjax.job import Job
 from kdjax.plan.abstract import abstract_batch, abstract_frozen, abstract_job
 from kdjax.plan.advice import advice
 from kdjax.plan.chips import Machine, devices_of
-from kdjax.plan.estimate import estimate, moved_bytes, sizes_of, work_bytes
-from kdjax.plan.flops import step_flops
+from kdjax.plan.estimate import (
+    bounds,
+    estimate,
+    moved_bytes,
+    sizes_of,
+    teacher_moves,
+    teachers_work,
+    work_bytes,
+)
+from kdjax.plan.flops import Flops, step_flops
 from kdjax.plan.hlo import Collective, collectives
+from kdjax.sharding import ON_HOST, Placement
 
 COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 """Kind of chip -> the module whose presence says that it can be compiled for."""
@@ -55,19 +65,33 @@ def measure(config: Config, machine: Machine, price: float | None = None, compil
     with compiling_for(kind):
         devices = devices_of(machine) if compiles and is_there else jax.devices("cpu")[: machine.device_count]
         job = abstract_job(config, devices)
-        compiled = _compiled(job, kind) if compiles and is_there else None
+        takes = job.place.mesh.size == machine.device_count or kind != "tpu"
+        compiled = _compiled(job, kind) if compiles and is_there and takes else None
         plan = told(job, machine, compiled, price)
     if compiles and not is_there:
         plan["notes"].append(
             f"no compiler for {machine.model} is installed (pip install 'kdjax[plan-{kind}]'): all of it is estimated"
         )
+    if not takes:
+        plan["notes"].append(
+            "the compiler for TPUs takes all chips of a machine, not the student's and the teacher's apart: all of it "
+            "is estimated"
+        )
     return plan
 
 
-def _compiled(job: Job, kind: str) -> Compiled:
-    """Compile the step as training does, but for shapes in the place of arrays."""
+def _compiled(job: Job, kind: str) -> list[Compiled]:
+    """Compile the step as training does, and what a teacher apart runs, but for shapes in the place of arrays."""
+    sizes = sizes_of(job, kind)
+    lowered = job.lowered(job.abstract_state, abstract_frozen(job), abstract_batch(job))
+    places = (job.place, job.teacher_place)[: len(lowered)]
+    chunks = -(-sizes.tokens // sizes.chunk)
+    return [_made(one, place, kind, chunks) for one, place in zip(lowered, places, strict=True)]
+
+
+def _made(lowered: Any, place: Placement, kind: str, chunks: int) -> Compiled:
+    """Compile what is lowered for a place; `chunks` is how often the loss's loop runs."""
     try:
-        lowered = job.step.lower(job.abstract_state, abstract_frozen(job), abstract_batch(job))
         made = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -79,9 +103,9 @@ def _compiled(job: Job, kind: str) -> Compiled:
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     reserved = held + sizes.temp_size_in_bytes
     peak = reserved if kind == "cpu" else sizes.peak_memory_in_bytes  # which on a CPU leaves out what is worked with
-    tokens = sizes_of(job, kind)
-    chunks = -(-tokens.tokens // tokens.chunk)
-    found = collectives(made.as_text(), dict(job.place.mesh.shape), chunks)
+    if kind == "tpu":
+        peak -= sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes  # a peak of all memories together
+    found = collectives(made.as_text(), dict(place.mesh.shape), chunks)
     return Compiled(int(peak), int(reserved), found)
 
 
@@ -89,21 +113,27 @@ def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if "used" in line.lower()), text.splitlines()[0])
 
 
-def told(job: Job, machine: Machine, compiled: Compiled | None, price: float | None = None) -> Plan:
-    """Return the plan of a job by what its compiler says, or by estimates where it was not compiled."""
-    config, kind = job.config, machine.chip.kind
+def told(job: Job, machine: Machine, made: Sequence[Compiled] | None, price: float | None = None) -> Plan:
+    """Return the plan of a job by what its compiler says, or by estimates where it was not compiled.
+
+    Args:
+        job: what is planned.
+        machine: what it is planned for.
+        made: the step, and what a teacher apart runs where there is one, compiled.
+        price: dollars for a chip and an hour.
+    """
+    config, kind, compiled = job.config, machine.chip.kind, made[0] if made else None
     held, sizes = _held(job), sizes_of(job, kind)
-    estimated = sum(held[name] for name in held if name != "trained") + work_bytes(job, sizes, held["trained"])
+    kept = sum(held[name] for name in held if name not in ("trained", "host"))
+    estimated = kept + work_bytes(job, sizes, held["trained"])
     teacher = None if job.teacher is None else job.teacher.model.config
     flops = step_flops(config, job.student.model.config, teacher)
     found = None if compiled is None else compiled.found
-    bounds = estimate(job, machine, flops, moved_bytes(job, sizes, held), found, price)
-    peak = estimated if compiled is None else compiled.peak
-    reserved = None if compiled is None else compiled.reserved
-    limit = machine.chip.memory / machine.chip.devices
-    asked = reserved if kind == "gpu" and reserved else peak  # a TPU's compiler refuses by itself
-    fits = None if not limit else bool(asked and asked <= limit and not (compiled and compiled.refused))
-    kept = sum(held[name] for name in held if name != "trained")
+    apart = _apart(job, machine, flops, made[1] if made else None) if job.apart else None
+    times = estimate(
+        job, machine, flops, moved_bytes(job, sizes, held), found, price, apart["seconds"] if apart else None
+    )
+    beside = apart["memory"]["teacher"] if apart and config.teacher_mesh.devices < 0 else 0
     plan: Plan = {
         "name": config.name,
         "topology": machine.name,
@@ -119,24 +149,67 @@ def told(job: Job, machine: Machine, compiled: Compiled | None, price: float | N
         "chunk_tokens": sizes.chunk,
         "parameters": _parameters(job),
         "memory": {
-            **{name: held[name] for name in ("teacher", "student", "optimizer")},
-            "work": None if peak is None else int(peak - kept),
-            "peak": None if peak is None else int(peak),
-            "reserved": reserved,
-            "peak_estimated": int(estimated),
-            "limit": int(limit),
-            "fits": fits,
-            "refused": compiled.refused if compiled else "",
+            **{name: held[name] for name in ("teacher", "student", "optimizer", "host")},
+            **_peak(machine, estimated, kept, compiled, beside),
         },
         "flops": asdict(flops) | {"done": flops.done},
         "collectives": None if found is None else [asdict(row) | {"sent": row.sent} for row in found],
-        "estimate": bounds,
+        "apart": apart,
+        "estimate": times,
         "price": price,
         "notes": _notes(job, compiled, sizes.is_flash, kind),
         "versions": {"jax": jax.__version__},
     }
-    plan["advice"] = advice(job, plan, sizes) if fits is False else []
+    plan["advice"] = advice(job, plan, sizes) if plan["memory"]["fits"] is False else []
     return plan
+
+
+def _apart(job: Job, machine: Machine, flops: Flops, compiled: Compiled | None) -> Plan:
+    """Return what a plan says of a teacher on a mesh of its own."""
+    teacher: Any = job.teacher
+    sizes, chip = sizes_of(job, machine.chip.kind, job.teacher_place), machine.chip
+    held = _bytes(abstract_frozen(job)["teacher"])
+    found = None if compiled is None else compiled.found
+    seconds: dict[str, float] = {}
+    if chip.bfloat16:
+        compute = flops.teacher / getattr(chip, teacher.spec.dtype) / (job.teacher_place.mesh.size / chip.devices)
+        seconds = bounds(machine, compute, teacher_moves(job, teacher, sizes, held), found)
+    beside = _bytes(job.abstract_state) if job.config.teacher_mesh.devices < 0 else 0
+    estimated = held + teachers_work(teacher, sizes)
+    return {
+        "devices": job.teacher_place.mesh.size,
+        "mesh": dict(job.teacher_place.mesh.shape),
+        "memory": {"teacher": held, **_peak(machine, estimated, held, compiled, beside)},
+        "collectives": None if found is None else [asdict(row) | {"sent": row.sent} for row in found],
+        "seconds": seconds,
+    }
+
+
+def _peak(machine: Machine, estimated: float, kept: int, compiled: Compiled | None, beside: int) -> dict[str, Any]:
+    """Return what a device needs at most, and whether it has it.
+
+    Args:
+        machine: whose device it is.
+        estimated: bytes, where nothing was compiled.
+        kept: bytes of it that are there through the step.
+        compiled: what the compiler says.
+        beside: bytes of the device that are not the compiled function's.
+    """
+    peak = estimated if compiled is None else compiled.peak
+    reserved = None if compiled is None or compiled.reserved is None else compiled.reserved + beside
+    limit = machine.chip.memory / machine.chip.devices
+    work, peak = (None, None) if peak is None else (int(peak - kept), int(peak + beside))
+    asked = reserved if machine.chip.kind == "gpu" and reserved else peak  # a TPU's compiler refuses by itself
+    fits = None if not limit else bool(asked and asked <= limit and not (compiled and compiled.refused))
+    return {
+        "work": work,
+        "peak": peak,
+        "reserved": reserved,
+        "peak_estimated": int(estimated + beside),
+        "limit": int(limit),
+        "fits": fits,
+        "refused": compiled.refused if compiled else "",
+    }
 
 
 def _held(job: Job) -> dict[str, int]:
@@ -144,16 +217,21 @@ def _held(job: Job) -> dict[str, int]:
     state, frozen = job.abstract_state, abstract_frozen(job)
     trained = _bytes(state.params)
     held = {
-        "teacher": _bytes(frozen.get("teacher", {})),
+        "teacher": _bytes(frozen.get("teacher_head", frozen.get("teacher", {}))),
         "student": trained + _bytes(frozen.get("student", {})),
         "optimizer": _bytes(state.opt_state),
+        "host": _bytes(frozen.get("teacher", {}), on_host=True),
         "other": _bytes(state.slow) + _bytes(abstract_batch(job)),
     }
     return held | {"trained": trained}
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: Any, on_host: bool = False) -> int:
+    """Return the bytes of a device's parts in its own memory, or of those in its host's."""
+
     def of(x: Any) -> int:
+        if (getattr(getattr(x, "sharding", None), "memory_kind", "") == ON_HOST) != on_host:
+            return 0
         shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
         bits = (
             jax.numpy.iinfo(x.dtype).bits if jax.numpy.issubdtype(x.dtype, jax.numpy.integer) else 8 * x.dtype.itemsize
@@ -184,6 +262,9 @@ def _notes(job: Job, compiled: Compiled | None, is_flash: bool, kind: str) -> li
         ),
         "an XLA for GPUs never says that a step does not fit; JAX takes three quarters of a GPU's memory unless "
         "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise": kind == "gpu",
+        "the teacher's layers come from the hosts' memory once a microbatch: that link's time is not among these": (
+            job.teacher is not None and job.teacher.spec.offload
+        ),
         "compiled, not run: speed and numbers are not verified": compiled is not None and not compiled.refused,
     }
     return [note for note, holds in said.items() if holds]
@@ -195,7 +276,7 @@ def sweep(config: Config, machine: Machine, price: float | None, compiled: int) 
     All are estimated; the best are then compiled, from the top, until so many of these fit.
     """
     plans = []
-    for candidate in candidates(config, machine.device_count):
+    for candidate in candidates(config, machine.device_count - max(config.teacher_mesh.devices, 0)):
         try:
             plans.append((measure(candidate, machine, price, compiles=False), candidate))
         except UserError:  # a batch that does not split so

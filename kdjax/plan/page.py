@@ -75,11 +75,17 @@ ROWS: dict[str, Callable[[Plan], str]] = {
     "loss": _loss,
     "parameters: teacher, student": lambda plan: ", ".join(count(size) for size in plan["parameters"].values()),
     "teacher, a device": lambda plan: gib(plan["memory"]["teacher"]),
+    "teacher, in the host's memory": lambda plan: gib(plan["memory"].get("host") or None),
     "student, a device": lambda plan: gib(plan["memory"]["student"]),
     "optimiser, a device": lambda plan: gib(plan["memory"]["optimizer"]),
     "activations and other work, a device": lambda plan: gib(plan["memory"]["work"]),
     "peak, a device": lambda plan: gib(plan["memory"]["peak"]),
     "fits": _fits,
+    "teacher apart, on devices": lambda plan: MISSING if not plan.get("apart") else str(plan["apart"]["devices"]),
+    "their mesh": lambda plan: _mesh(plan["apart"]) if plan.get("apart") else MISSING,
+    "teacher, one of them": lambda plan: gib(plan["apart"]["memory"]["teacher"]) if plan.get("apart") else MISSING,
+    "peak, one of them": lambda plan: gib(plan["apart"]["memory"]["peak"]) if plan.get("apart") else MISSING,
+    "fits there": lambda plan: _fits(plan["apart"]) if plan.get("apart") else MISSING,
     "FLOPs of a step: teacher": lambda plan: flop(plan["flops"]["teacher"]),
     "student": lambda plan: flop(plan["flops"]["student"]),
     "computed again (remat)": lambda plan: flop(plan["flops"]["recompute"]),
@@ -87,6 +93,7 @@ ROWS: dict[str, Callable[[Plan], str]] = {
     "least time: FLOPs": _estimated("seconds", "compute", show=seconds),
     "least time: memory": _estimated("seconds", "memory", show=seconds),
     "least time: network": _estimated("seconds", "network", show=seconds),
+    "least time: teacher's own devices": _estimated("seconds", "teacher", show=seconds),
     "step at best (all overlaps)": _estimated("at_best", "seconds", show=seconds),
     "tokens/s at best": _estimated("at_best", "tokens_per_second", show=amount),
     "MFU at best": _estimated("at_best", "mfu", show=percent),
@@ -110,10 +117,12 @@ def figures(plans: Sequence[Plan]) -> Cells:
 
 
 def sent(plan: Plan) -> Cells:
-    """Return headings and rows of a device's collectives in a step."""
+    """Return headings and rows of a device's collectives in a step, and of those of a teacher apart."""
+    found = {"": plan["collectives"], "teacher's ": (plan.get("apart") or {}).get("collectives")}
     rows = [
-        [row["kind"], row["axis"], str(row["group"]), count(row["times"]), gib(row["bytes"]), gib(row["sent"])]
-        for row in plan["collectives"] or ()
+        [who + row["kind"], row["axis"], str(row["group"]), count(row["times"]), gib(row["bytes"]), gib(row["sent"])]
+        for who, some in found.items()
+        for row in some or ()
     ]
     return ["collective", "axis", "devices", "times a step", "bytes", "sent by a device"], rows
 
@@ -138,7 +147,7 @@ def ranked(plans: Sequence[Plan]) -> Cells:
 def plan_table(plan: Plan) -> RenderableType:
     """Return a plan as tables and lines for the console."""
     parts: list[RenderableType] = [table(*figures([plan]))]
-    if plan["collectives"]:
+    if sent(plan)[1]:
         parts += ["", table(*sent(plan))]
     return Group(*parts, "", *map(Text, said(plan)))
 
@@ -161,7 +170,7 @@ def markdown(title: str, plans: Sequence[Plan]) -> str:
     lines = [f"# {title}", "", *_markdown_table(*figures(plans))]
     for plan in plans:
         lines += ["", f"## {plan['topology']}, loss {_loss(plan)}", ""]
-        if plan["collectives"]:
+        if sent(plan)[1]:
             lines += [*_markdown_table(*sent(plan)), ""]
         lines += [f"- {line}" for line in said(plan)]
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ from kdjax.plan.chips import CHIPS, Chip, machine
 from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import candidates, measure, rank, sweep
 from kdjax.plan.page import markdown, plan_table, sweep_table
-from kdjax.sharding import MeshConfig
+from kdjax.sharding import MeshConfig, TeacherMeshConfig
 
 ROOT = Path(__file__).parents[2]
 LARGE = ("llama31_8b_to_1b_v5e256", "qwen3_8b_to_0p6b_h100x8", "smollm2_1p7b_to_360m_1gpu")
@@ -76,6 +76,51 @@ def test_it_plans_the_step_that_training_runs(tiny, mesh):
     batch = real.place.put_batch(next(real.data.train(None, prefetch=0))[0])
     trained = real.step.lower(real.abstract_state, real.frozen(), batch).as_text()
     assert trained == planned.step.lower(*arguments(planned)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [4, -1])
+def test_it_plans_what_a_teacher_apart_runs(tiny, devices):
+    mesh = MeshConfig(fsdp=2) if devices > 0 else MeshConfig(fsdp=4)
+    config = replace(tiny, mesh=mesh, teacher_mesh=TeacherMeshConfig(devices=devices, tensor=2))
+    real, planned = build.build(config), abstract_job(config, jax.devices())
+    batch = real.place.put_batch(next(real.data.train(None, prefetch=0))[0])
+    trained = real.lowered(real.abstract_state, real.frozen(), batch)
+    assert len(trained) == 2
+    for ours, theirs in zip(planned.lowered(*arguments(planned)), trained, strict=True):
+        assert ours.as_text() == theirs.as_text()
+
+
+def test_a_teacher_apart_is_planned_on_its_own_devices(tiny):
+    """Twelve times the teacher's rows a device take its devices twelve times as long; the longer side counts."""
+    both = replace(tiny, mesh=MeshConfig(), batch_size=24, microbatches=1)
+    within = measure(both, machine("gpu:8xH100"), compiles=False)
+    own = replace(both, mesh=MeshConfig(), teacher_mesh=TeacherMeshConfig(devices=2, tensor=2, data=1))
+    plan = measure(own, machine("gpu:8xH100"), compiles=False)
+    assert plan["mesh"]["data"] == 6 and plan["devices"] == 8
+    apart, seconds = plan["apart"], plan["estimate"]["seconds"]
+    assert apart["devices"] == apart["mesh"]["tensor"] == 2 and within["apart"] is None
+    assert apart["seconds"]["compute"] == pytest.approx(within["flops"]["teacher"] / 2 / CHIPS["H100"].float32)
+    assert seconds["compute"] < within["estimate"]["seconds"]["compute"] * 8 / 6
+    assert seconds["teacher"] == max(apart["seconds"].values())
+    assert plan["estimate"]["at_best"]["seconds"] == max(seconds.values())
+    assert within["memory"]["teacher"] > apart["memory"]["teacher"] > 0.5 * within["memory"]["teacher"]
+    assert plan["memory"]["teacher"] == 264 * 16 * 4  # its head
+    shared = replace(both, teacher_mesh=TeacherMeshConfig(devices=-1, data=1, tensor=8))
+    one = measure(shared, machine("gpu:8xH100"), compiles=False)["estimate"]
+    assert one["at_best"]["seconds"] > one["seconds"]["teacher"] + max(one["seconds"]["compute"], 0)
+    assert "teacher apart, on devices" in render(plan_table(plan)) and "apart" not in render(plan_table(within))
+
+
+def test_what_lies_in_the_hosts_memory_is_counted_there(tiny):
+    whole, there = (
+        measure(replace(tiny, teacher=replace(tiny.teacher, offload=offload)), machine("gpu:8xH100"), compiles=False)
+        for offload in (False, True)
+    )
+    assert whole["memory"]["host"] == 0 < there["memory"]["host"]
+    assert there["memory"]["host"] + there["memory"]["teacher"] == whole["memory"]["teacher"]
+    assert there["memory"]["peak_estimated"] == whole["memory"]["peak_estimated"] - there["memory"]["host"]
+    assert any("hosts' memory" in note for note in there["notes"]) and "host's memory" in render(plan_table(there))
 
 
 def arguments(job):
@@ -326,7 +371,7 @@ SCRIPT = """
 import json, sys
 import jax
 from kdjax import config
-from kdjax.plan.chips import machine
+from kdjax.plan.chips import CHIPS, machine
 from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import measure
 wanted = machine(sys.argv[2])
@@ -357,7 +402,7 @@ import json, sys
 import jax
 from benchmarks.harness import resident_growth
 from kdjax import build, config
-from kdjax.plan.chips import machine
+from kdjax.plan.chips import CHIPS, machine
 from kdjax.plan.estimate import sizes_of
 from kdjax.plan.measure import measure
 asked = config.load(sys.argv[1])

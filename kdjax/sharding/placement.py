@@ -1,14 +1,11 @@
-"""The mesh, the table logical axis -> mesh axes, and the placement of the one step by jit or by pmap.
-
-The only file that builds meshes and calls shard_map. A model names its axes; the tables here say where they lie.
-"""
+"""The table logical axis -> mesh axes, and the placement of the one step by jit or by pmap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import lcm, prod
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -20,12 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax.errors import UserError
 from kdjax.shapes import Array, Axes
+from kdjax.sharding.exchange import Exchanged, Kernel
+from kdjax.sharding.mesh import AXES, BATCH_AXES, MeshConfig, TeacherMeshConfig, sizes_text
 
-BATCH_AXES = ("data", "fsdp", "expert")
-"""Mesh axes that hold different examples."""
-
-AXES = (*BATCH_AXES, "context", "tensor")
-"""All of them; those along the last ones share examples, so they lie nearest to each other."""
+ON_HOST = "pinned_host"
+"""What jax calls the memory of a host that devices read by themselves."""
 
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -42,64 +38,24 @@ RULES: dict[str, str | tuple[str, ...]] = {
 """Logical axis -> mesh axes; a logical axis without a row, or that does not divide, is replicated."""
 
 
-Kernel = Callable[..., Array]
-"""An attention kernel, ``kernel(q_BTHK, k_BSGK, v_BSGK, sight)``: `kdjax.models.attention.Attention`."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """How devices are arranged; -1 takes all that are left (at most one axis)."""
-
-    placement: Literal["jit", "pmap"] = "jit"
-    """`jit` on a mesh of any shape, or `pmap`: replicated data parallelism for models that fit one device."""
-    data: int = -1
-    """Copies of the parameters, each with its own examples."""
-    fsdp: int = 1
-    """Parameters split over devices that also have their own examples."""
-    expert: int = 1
-    """Experts split over devices that also have their own examples; all other parameters are copied to each."""
-    context: int = 1
-    """Tokens of each row split over devices that share examples, for rows too long for one."""
-    tensor: int = 1
-    """Heads, mlp and vocabulary split over devices that share examples."""
-
-    def shape(self, devices: int) -> dict[str, int]:
-        """Return the size of each mesh axis on so many devices.
-
-        Raises:
-            UserError: sizes that cannot fill them, with a mesh that can.
-        """
-        sizes = {name: getattr(self, name) for name in AXES}
-        bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
-        if bad:
-            raise UserError(f"mesh sizes {bad}; wanted at least 1 each, or -1 for all devices that are left")
-        open_axes = [name for name, size in sizes.items() if size == -1]
-        if len(open_axes) > 1:
-            raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are -1; only one axis can take what is left")
-        known = prod(size for size in sizes.values() if size != -1)
-        if devices % known or (not open_axes and known != devices):
-            fill = ", ".join(f"{name}={-1 if name == 'data' else max(1, sizes[name])}" for name in sizes)
-            raise UserError(
-                f"a mesh of {_text(sizes)} does not fill {devices} devices; "
-                + (
-                    f"use {fill}"
-                    if devices % prod(s for n, s in sizes.items() if n != "data" and s > 0) == 0
-                    else f"{' * '.join(AXES[1:])} must divide {devices}"
-                )
-            )
-        return {name: devices // known if size == -1 else size for name, size in sizes.items()}
-
-
-def _text(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items())
-
-
 @dataclass(frozen=True)
 class Placement:
-    """Where arrays lie and how functions run: the step itself knows nothing of it."""
+    """Where arrays lie and how functions run: the step itself knows nothing of it.
+
+    Attributes:
+        mesh: the devices.
+        by: how functions are placed on them.
+        memory: the kind of memory that arrays lie in; None is the devices' own.
+    """
 
     mesh: Mesh
     by: Literal["jit", "pmap"]
+    memory: str | None = None
+
+    @property
+    def on_host(self) -> Placement:
+        """The same devices' parts in the memory of their hosts, from where devices fetch them by themselves."""
+        return replace(self, memory=ON_HOST)
 
     @property
     def axis_name(self) -> str | None:
@@ -125,7 +81,7 @@ class Placement:
         parts = sorted({tuple(sorted(rows)) for rows in of_process.values()})
         if sum(map(len, parts)) != self.batch_devices:
             raise UserError(
-                f"a mesh of {_text(dict(self.mesh.shape))} lays examples across the borders of {len(of_process)} "
+                f"a mesh of {sizes_text(dict(self.mesh.shape))} lays examples across the borders of {len(of_process)} "
                 "processes; let context * tensor divide the devices of a process, or be a multiple of them"
             )
         return parts.index(tuple(sorted(of_process[jax.process_index()]))), len(parts)
@@ -139,7 +95,7 @@ class Placement:
         unit = self.batch_devices * microbatches
         if batch_size < 1 or batch_size % unit:
             low, high = batch_size // unit * unit, (batch_size // unit + 1) * unit
-            parts = f"{self.batch_devices} devices ({_text(dict(self.mesh.shape))})"
+            parts = f"{self.batch_devices} devices ({sizes_text(dict(self.mesh.shape))})"
             parts += f" and {microbatches} microbatches" if microbatches > 1 else ""
             raise UserError(
                 f"batch_size {batch_size} does not split over {parts}; use {f'{low} or ' if low else ''}{high}"
@@ -169,8 +125,9 @@ class Placement:
     def sharding(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         """Return where an array of so named dimensions lies; under pmap every device holds all of it."""
         if self.by == "pmap":
-            return NamedSharding(self.mesh, P())
-        return NamedSharding(self.mesh, P(*(self._axes(name, size) for name, size in zip(names, shape, strict=True))))
+            return self.replicated
+        axes = (self._axes(name, size) for name, size in zip(names, shape, strict=True))
+        return NamedSharding(self.mesh, P(*axes), memory_kind=self.memory)
 
     def _axes(self, name: str | None, size: int) -> str | tuple[str, ...] | None:
         axes = RULES.get(name) if name else None
@@ -180,7 +137,7 @@ class Placement:
     @property
     def replicated(self) -> NamedSharding:
         """Every device holds all of it."""
-        return NamedSharding(self.mesh, P())
+        return NamedSharding(self.mesh, P(), memory_kind=self.memory)
 
     def constrain(self, x: Array, names: tuple[str | None, ...]) -> Array:
         """Return `x`, laid out as its named dimensions ask, within a computation."""
@@ -223,6 +180,27 @@ class Placement:
             return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         where = NamedSharding(self.mesh, P(BATCH_AXES))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
+
+    def compile_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function, all of whose results have a leading B, compiled so that each device keeps its own rows."""
+        return jax.jit(function, out_shardings=NamedSharding(self.mesh, P(BATCH_AXES)))
+
+    def take_rows(self, tree: Any) -> Any:
+        """Return arrays with a leading B that lie on another mesh, as arrays of this one.
+
+        Each process has the same rows on both (`reading`), so none sends any. Devices copy to devices, and nothing
+        waits: a `jax.device_put` of the whole would fetch it where the meshes split the rows into other parts.
+        """
+        where = NamedSharding(self.mesh, P(BATCH_AXES))
+
+        def take(x: Array) -> Array:
+            wanted: Any = where.addressable_devices_indices_map(x.shape)
+            copies = [
+                _rows(x, rows.indices(len(x)), n, device) for n, (device, (rows, *_)) in enumerate(wanted.items())
+            ]
+            return jax.make_array_from_single_device_arrays(x.shape, where, copies)
+
+        return jax.tree.map(take, tree)
 
     def compile_step(self, step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
         """Return ``step(state, frozen, batch) -> (state, metrics)`` placed on the mesh; the old state is donated."""
@@ -310,43 +288,19 @@ class Placement:
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(tokens, heads, shared)
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """An attention kernel for rows whose tokens lie on several devices: each takes all tokens of some of the heads.
-
-    Queries, keys and values are exchanged all to all, the kernel runs as on one device, and its output goes back. So it
-    may be any kernel, flash ones too, and segments, windows, prefixes, biases and caps are in what it sees as ever;
-    each device also does as much as the others. In a ring, where keys travel past queries that stay, the kernel would
-    be another one, which treats each of these block by block, and under a causal mask the last device works most. The
-    price: the query heads must split over the devices (`Placement.check_context`). Key/value heads that do not are
-    repeated as often as it takes.
-    Paper: Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509, section 3.
-    """
-
-    place: Placement
-    kernel: Kernel
-
-    def __call__(self, q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, sight: Any) -> Array:
-        """Return ``kernel(q_BTHK, k_BSGK, v_BSGK, sight)``; what does not split, as a single token, stays."""
-        context, tensor = self.place.mesh.shape["context"], self.place.mesh.shape["tensor"]
-        if q_BTHK.shape[1] % context or q_BTHK.shape[2] % (context * tensor):
-            return self.kernel(q_BTHK, k_BSGK, v_BSGK, sight)
-
-        def spec(x: Array, *names: str | None) -> P:
-            return self.place.sharding((*names, *[None] * (x.ndim - len(names))), x.shape).spec
-
-        repeats = lcm(k_BSGK.shape[2], context * tensor) // k_BSGK.shape[2]
-        # Repeated where its tokens lie: the partitioner would gather them before it shares the heads out.
-        k_BSGK, v_BSGK = (
-            self.place.constrain(jnp.repeat(x, repeats, axis=2), ("batch", "sequence", "heads", None))
-            for x in (k_BSGK, v_BSGK)
-        )
-        of_heads = spec(q_BTHK, "batch", None, "exchanged_heads")
-        of_sight = jax.tree.map(lambda x: spec(x, "batch", *["exchanged_heads"] * (x.ndim == 4)), sight)
-        specs = (of_heads, of_heads, of_heads, of_sight)
-        # check_vma=False: as in shard_loss.
-        run = jax.shard_map(self.kernel, mesh=self.place.mesh, in_specs=specs, out_specs=of_heads, check_vma=False)
-        return run(q_BTHK, k_BSGK, v_BSGK, sight)
+def _rows(x: Array, rows: tuple[int, int, int], copy: int, device: Any) -> Array:
+    """Return some rows of an array on a device, out of its parts here; where others have the same part, of one each."""
+    first, last, _ = rows
+    parts: dict[int, list[Any]] = {}
+    for shard in x.addressable_shards:
+        parts.setdefault(shard.index[0].start or 0, []).append(shard.data)
+    found = []
+    for start, same in sorted(parts.items()):
+        part = same[copy % len(same)]
+        low, high = max(first - start, 0), min(last - start, len(part))
+        if low < high:
+            found.append(jax.device_put(part if high - low == len(part) else part[low:high], device))
+    return found[0] if len(found) == 1 else jnp.concatenate(found)
 
 
 def _key(k: Any) -> str:
@@ -359,10 +313,46 @@ def placement(config: MeshConfig, devices: Sequence[Any] | None = None) -> Place
     others = {name: getattr(config, name) for name in AXES[1:]}
     if config.placement == "pmap" and set(others.values()) != {1}:
         raise UserError(
-            f"mesh.placement pmap replicates the parameters; got {_text(others)}, wanted 1 each (or placement jit)"
+            f"mesh.placement pmap replicates the parameters; got {sizes_text(others)}, wanted 1 each (or placement jit)"
         )
     shape = config.shape(len(devices))
     # Split: an axis need not be whole axes of a TPU's network, as jax.make_mesh wants it on some.
     arranged = create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
     # Auto: Explicit axes break Linen's Embed.
     return Placement(Mesh(arranged, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), config.placement)
+
+
+def placements(config: MeshConfig, teacher: TeacherMeshConfig, devices: Sequence[Any] | None = None):
+    """Return the placements of student and teacher: the same one, unless the teacher has a mesh of its own.
+
+    Raises:
+        UserError: meshes that cannot be, or that lay rows of one process on another.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if not teacher.devices:
+        return (both := placement(config, devices)), both
+    if config.placement == "pmap":
+        raise UserError(
+            "mesh.placement is pmap, where the teacher runs within the step; set it to jit, or leave out teacher_mesh"
+        )
+    of_process: dict[int, list[Any]] = {}
+    for device in devices:
+        of_process.setdefault(device.process_index, []).append(device)
+    own, fewest = teacher.devices // len(of_process), min(map(len, of_process.values()))
+    if teacher.devices == -1:
+        students, teachers = devices, devices
+    elif teacher.devices % len(of_process) or own >= fewest:
+        raise UserError(
+            f"teacher_mesh.devices is {teacher.devices} of {len(devices)}; wanted a multiple of the "
+            f"{len(of_process)} processes, and at least one device of each left for the student"
+        )
+    else:
+        students = [device for some in of_process.values() for device in some[:-own]]
+        teachers = [device for some in of_process.values() for device in some[-own:]]
+    student, its = placement(config, students), placement(teacher, teachers)
+    if student.reading != its.reading:
+        raise UserError(
+            f"a teacher's mesh of {sizes_text(dict(its.mesh.shape))} lays rows on other processes than the student's "
+            f"of {sizes_text(dict(student.mesh.shape))}; let context * tensor of each divide its devices of a process"
+        )
+    return student, its
