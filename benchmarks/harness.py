@@ -17,9 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from kdjax.console import duration
 from kdjax.environment import describe
@@ -52,6 +55,28 @@ def resident_growth(run: Callable[[], Any]) -> int | None:
         return _status("VmHWM") - before
     except (OSError, AttributeError, KeyError):
         run()
+        return None
+
+
+def unmetered(run: Callable[[], Any]) -> None:
+    """Run it; its memory is not asked for."""
+    run()
+
+
+def reset_peak() -> None:
+    """Begin to count the most that the process holds anew; a device counts from its own beginning."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Return the most bytes that the first device held, or the process where it does not say; None but on Linux."""
+    said = jax.local_devices()[0].memory_stats() or {}
+    try:
+        return said.get("peak_bytes_in_use") or _status("VmHWM")
+    except (OSError, KeyError):
         return None
 
 

@@ -37,6 +37,7 @@ from benchmarks import (
     screening,
     search,
     soft_prompts,
+    step,
     students,
 )
 
@@ -52,6 +53,7 @@ PROMPTS = ROOT / "docs" / "prompts.md"
 SEARCH = ROOT / "docs" / "search.md"
 EFFECT = ROOT / "docs" / "effect.md"
 CASE_STUDY = ROOT / "docs" / "case-study.md"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[dict[str, Any]]
@@ -233,6 +235,11 @@ SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of several devices."""
 
+STEP_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "step": lambda results: step.markdown(harness.read(results / "step.jsonl")),
+}
+"""The same for the benchmarks' own page."""
+
 PAGES: dict[Path, Callable[[str], str]] = {
     README: render,
     LOSSES: partial(render_page, LOSS_BLOCKS),
@@ -245,6 +252,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     EFFECT: partial(render_page, EFFECT_BLOCKS),
     CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
     SCALING: partial(render_page, SCALING_BLOCKS),
+    BENCHMARKS: partial(render_page, STEP_BLOCKS),
 }
 
 

@@ -85,7 +85,7 @@ class Named:
             return place.load(quantized(part(self.file.tensors), kind), quantized_axes(axes, kind), dtype)
 
         def init(key: jax.Array) -> Any:
-            return part(self.model.init(key))
+            return jax.tree.map(lambda x: x.astype(dtype), part(self.model.init(key)))
 
         where = place.state_shardings(jax.eval_shape(init, key), self.model.logical_axes())
         return jax.jit(init, out_shardings=where)(key)

@@ -17,7 +17,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import harness, knowledge, loss, loss_compiled, loss_table, models, peers, prompts, readme, screening
+from benchmarks import (
+    harness,
+    knowledge,
+    loss,
+    loss_compiled,
+    loss_table,
+    models,
+    peers,
+    prompts,
+    readme,
+    screening,
+    step,
+)
 from benchmarks.harness import Trial, Variant
 from benchmarks.loss_accuracy import nearly_equal, relative
 from benchmarks.loss_cases import (
@@ -35,9 +47,11 @@ from benchmarks.loss_cases import (
 )
 from kdjax import config as configs
 from kdjax.data import invented
+from kdjax.errors import UserError
 from kdjax.losses import ObjectiveConfig
-from kdjax.models import Model, ModelConfig
+from kdjax.models import Model, ModelConfig, ModelSpec
 from kdjax.models.registry import FAMILIES
+from kdjax.plan.flops import Flops
 
 ROOT = Path(__file__).parents[1]
 SIZE = Size(12, 40, 5, 7)
@@ -425,3 +439,54 @@ def test_a_task_is_used_where_its_gain_is_sure_to_be_above_five_points():
     assert gains in used and "| plain |" in used and used.endswith("| used |") and "100 % (100 to 100)" in used
     assert len(others) == 3 and all(line.endswith("| not used |") for line in others)
     assert "Not measured yet" in screening.markdown(found[:3])
+
+
+def test_rows_of_a_step_are_full_and_their_documents_apart():
+    config = replace(step.shape(), batch_size=2)
+    batch = step.random_batch(config, 4)
+    assert batch.student.tokens_BT.shape == (2, 256) and batch.student.segment_BT.max() == 4
+    assert batch.kd_weight_BR.sum() == 2 * (256 - 4)  # each document's last token has none after it
+    weighed = batch.kd_weight_BR > 0
+    np.testing.assert_array_equal(
+        batch.targets_BR[:, :-1][weighed[:, :-1]], batch.student.tokens_BT[:, 1:][weighed[:, :-1]]
+    )
+    with pytest.raises(UserError, match="rows of 256 tokens do not split into 3 documents"):
+        step.random_batch(config, 3)
+
+
+def test_a_models_utilisation_is_of_its_own_time():
+    flops = Flops(teacher=30.0, student=20.0, recompute=4.0, loss=10.0, useful=60.0)
+    found = step.of_models(flops, {"teacher": 0.5, "student": 0.25, "loss": 0.25}, 100.0)
+    assert found == {"utilisation_teacher": 0.6, "utilisation_student": 0.96}
+    assert step.quartiles([1.0, 2.0, 3.0]) == (1.5, 2.5)
+
+
+def test_a_model_that_is_named_has_its_sizes_and_random_weights():
+    spec = step.of_sizes(ModelSpec(source="Qwen/Qwen3-0.6B", dtype="bfloat16"))
+    assert (spec.source, spec.dtype, spec.architecture.vocab_size) == ("random", "bfloat16", 151_936)
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_alone_and_beside_another(tmp_path):
+    """Its quick form, as a user runs it; of small models, so that it is."""
+    sizes = "--{0}.architecture.layers 2 --{0}.architecture.width 64 --{0}.architecture.vocab-size 512".split()
+    flags = [flag.format(who) for who in ("teacher", "student") for flag in sizes]
+    command = [sys.executable, "-m", "benchmarks.step", *flags, "--results", str(tmp_path / "step.jsonl")]
+
+    def run(*more):
+        return subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+    alone = run("--rounds", "3")
+    row = json.loads(alone.stdout)
+    assert row["tokens_per_second"] == pytest.approx(4 * 256 / row["step_seconds"])
+    low, high = row["step_seconds_quartiles"]
+    assert low <= row["step_seconds"] <= high and row["rounds"] == 3
+    assert sum(row["shares"].values()) == pytest.approx(1) and row["peak_memory_gb"] > 0.1
+    assert row["bytes"]["optimizer"] > 2 * row["bytes"]["student"] > 0
+    (kept,) = harness.read(tmp_path / "step.jsonl")
+    assert kept == row and step.markdown([kept]) in alone.stderr
+    two = json.loads(run("--quick", "--against", "--mesh.placement pmap").stdout)["rows"]
+    assert [one["mesh"]["placement"] for one in two] == ["jit", "pmap"] and two[0]["ratio"] is None
+    assert two[1]["ratio"] > 0 and len(harness.read(tmp_path / "step.jsonl")) == 1
+    wrong = run("--documents", "7")
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1

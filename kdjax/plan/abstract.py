@@ -68,7 +68,7 @@ def abstract_frozen(job: Job) -> dict[str, Any]:
 
 
 def _loaded(named: Named, place: Placement) -> Any:
-    """Return a model's parameters as `Named.params` would, in the compute dtype where they come from a file."""
+    """Return a model's parameters as `Named.params` would, in the compute dtype."""
     tree = _on_devices(named, place)
     if not named.spec.offload:
         return tree
@@ -85,7 +85,8 @@ def _on_devices(named: Named, place: Placement) -> Any:
     if named.file is None:
         shapes = jax.eval_shape(named.model.init, jax.random.key(0))
         where = place.state_shardings(shapes, named.model.logical_axes())
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+        dtype = jax.numpy.dtype(named.model.dtype)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, where)
     kind, axes = named.spec.quantize, named.model.logical_axes()
 
     def put(lazy: Any, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
