@@ -21,6 +21,8 @@ from scipy import stats
 
 from benchmarks import (
     arms,
+    checkpoint,
+    data,
     effect,
     generate,
     gist,
@@ -37,6 +39,7 @@ from benchmarks import (
     screening,
     search,
     soft_prompts,
+    start,
     step,
     students,
 )
@@ -235,8 +238,11 @@ SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 """The same for the page of several devices."""
 
-STEP_BLOCKS: dict[str, Callable[[Path], str]] = {
+BENCHMARK_BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": lambda results: step.markdown(harness.read(results / "step.jsonl")),
+    "data": lambda results: data.markdown(harness.read(results / "data.jsonl")),
+    "checkpoint": lambda results: checkpoint.markdown(harness.read(results / "checkpoint.jsonl")),
+    "start": lambda results: start.markdown(harness.read(results / "start.jsonl")),
 }
 """The same for the benchmarks' own page."""
 
@@ -252,7 +258,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     EFFECT: partial(render_page, EFFECT_BLOCKS),
     CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
     SCALING: partial(render_page, SCALING_BLOCKS),
-    BENCHMARKS: partial(render_page, STEP_BLOCKS),
+    BENCHMARKS: partial(render_page, BENCHMARK_BLOCKS),
 }
 
 

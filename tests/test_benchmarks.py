@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    checkpoint,
     harness,
     knowledge,
     loss,
@@ -490,3 +491,37 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
     assert two[1]["ratio"] > 0 and len(harness.read(tmp_path / "step.jsonl")) == 1
     wrong = run("--documents", "7")
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("start", ()),
+        ("data", ()),
+        ("checkpoint", ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1")),
+    ],
+)
+def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(kept)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not kept.exists()
+    if name == "start":
+        assert 0 < found["ratio"] < 1 and found["warm_compiled_seconds"] < found["cold_compiled_seconds"]
+    elif name == "data":
+        assert set(found) == {"python_docs concat", "python_docs first_fit"} and min(found.values()) > 1000
+    else:
+        assert found["bytes"] > 12 * 49_152 * 384  # parameters and both moments
+        assert 0 < found["stall_seconds"] < found["restore_seconds"] + found["written_seconds"]
+
+
+def test_the_table_of_saves_says_what_one_costs():
+    row = {"student": "s", "bytes": 3e8, "step_seconds": 2.0, "stall_seconds": 0.5, "stall_steps": 0.25}
+    row |= {"cost_steps": 0.6, "cost_steps_range": (0.5, 0.7), "written_seconds": 3.0, "restore_seconds": 1.0}
+    here = {"device": "d", "platform": "cpu", "python": "3", "jax": "0", "commit": "c"}
+    assert "| s | 300 MB | 2.00 s | 0.50 s, 0.25 steps | 0.60 (0.50 to 0.70) | 3.0 s | 1.0 s |" in checkpoint.markdown(
+        [row | {"environment": here}]
+    )
