@@ -238,5 +238,5 @@ def test_what_cannot_be_quantised_is_refused(config):
         replace(config, teacher=replace(config.teacher, quantize="int8")),
         "teacher.quantize is set, but its source is 'random'",
     )
-    with pytest.raises(UserError, match="student.quantize is set, but what is trained stays float32"):
+    with pytest.raises(UserError, match="student.quantize or student.offload is set, but a student is trained"):
         replace(config, student=replace(config.student, quantize="int8"))
