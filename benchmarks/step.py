@@ -7,8 +7,8 @@ COMMAND: python -m benchmarks.step                                    (2 minutes
 Any field of a run's config is a flag, so mesh, batch, packing and sizes are set as for training; a model that is named
 (--teacher.source Qwen/Qwen3-8B) has its sizes and random weights. Rows are full, of random tokens, with so many
 documents each. A step counts from a batch in the host's memory to the new state. Shares are of a trace's operations
-(`--profile.steps` of a run); with them a model's FLOPs give its own utilisation of what a plain product of matrices
-reaches in the same rounds. Memory is what the device says, or the most that the process held on a CPU.
+(`--profile.steps` of a run); with them a model's FLOPs give its own utilisation of what a plain product of matrices, of
+the size that is fastest, reaches in the same rounds. Memory is what the device says, or the most that the process held on a CPU.
 Rows go to benchmarks/results/step.jsonl; `python -m benchmarks.readme` puts them into benchmarks/README.md.
 """
 
@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,8 +48,8 @@ from kdjax.shapes import Batch, View
 from kdjax.utilisation import flops_of
 
 RESULTS = harness.RESULTS / "step.jsonl"
-SIDE = 2048
-"""Of the square matrices whose product measures the machine's rate."""
+SIDES = (512, 1024, 2048, 4096)
+"""Of the square matrices whose product measures the machine's rate: the side that is fastest does."""
 TRACED = profile.Span(1, 2)
 QUICK = ("--batch-size", "2", "--data.sequence-length", "64")
 
@@ -142,25 +142,34 @@ def shares(made: Training) -> dict[str, float]:
     return profile.shares(trace, *(each.compile().as_text() for each in lowered))
 
 
-def product(dtype: str) -> Any:
-    """Return what multiplies two square matrices on one device."""
-    square = jnp.ones((SIDE, SIDE), dtype)
+def product(dtype: str) -> tuple[Callable[[], Any], float]:
+    """Return what multiplies two square matrices on one device, of the side that is fastest, and its operations."""
     of = jax.jit(jnp.matmul)
-    return lambda: of(square, square).block_until_ready()
+
+    def run(side: int) -> Callable[[], Any]:
+        square = jnp.ones((side, side), dtype)
+        return lambda: of(square, square).block_until_ready()
+
+    def seconds(run: Callable[[], Any]) -> float:
+        trials = [harness.Variant("", run, 1, 1.0, meter=harness.unmetered).trial().seconds for _ in range(4)]
+        return min(trials[1:])  # the first one compiles
+
+    runs = {side: run(side) for side in SIDES}
+    best = max(runs, key=lambda side: side**3 / seconds(runs[side]))
+    return runs[best], 2.0 * best**3
 
 
 def measure(configurations: Sequence[Config], documents: int, rounds: int) -> list[harness.Row]:
     """Return a row of each config; several take their steps in turn, and each but the first has its ratio to that."""
     harness.reset_peak()
     made = [training(config, documents) for config in configurations]
-    ready = product(made[0].job.config.student.dtype)
-    ready()
+    ready, operations = product(made[0].job.config.student.dtype)
     variants = [
         harness.Variant(str(n), one.step, rounds, 1.0, meter=harness.unmetered) for n, one in enumerate(made)
     ] + [harness.Variant("product", ready, rounds, 1.0, meter=harness.unmetered)]
     trials = harness.interleave(variants, least=rounds, on_trial=said)
     peak = harness.peak_bytes() if len(made) == 1 else None
-    rate = 2 * SIDE**3 / statistics.median(trial.seconds for trial in trials["product"].values())
+    rate = operations / statistics.median(trial.seconds for trial in trials["product"].values())
     rate *= 1 if jax.default_backend() == "cpu" else len(made[0].job.devices)  # a CPU's devices share its cores
     return [row(one, trials, str(n), rate, peak) for n, one in enumerate(made)]
 
