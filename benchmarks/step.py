@@ -8,8 +8,8 @@ Any field of a run's config is a flag, so mesh, batch, packing and sizes are set
 (--teacher.source Qwen/Qwen3-8B) has its sizes and random weights. Rows are full, of random tokens, with so many
 documents each. A step counts from a batch in the host's memory to the new state. Shares are of a trace's operations
 (`--profile.steps` of a run); with them a model's FLOPs give its own utilisation of what a plain product of matrices, of
-the size that is fastest, reaches in the same rounds. Memory is what the device says, or the most that the process held on a CPU.
-Rows go to benchmarks/results/step.jsonl; `python -m benchmarks.readme` puts them into benchmarks/README.md.
+the size that is fastest, reaches in the same rounds. Memory is what the device says, or the most that the process held
+on a CPU. Rows go to benchmarks/results/step.jsonl; `python -m benchmarks.readme` puts them into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from kdjax.shapes import Batch, View
 from kdjax.utilisation import flops_of
 
 RESULTS = harness.RESULTS / "step.jsonl"
-SIDES = (512, 1024, 2048, 4096)
-"""Of the square matrices whose product measures the machine's rate: the side that is fastest does."""
+SIDES = (1024, 2048, 4096)
+"""Of the square matrices whose product measures the machine's rate: the side that is fastest does, in as many products
+as take the operations of one of the largest."""
 TRACED = profile.Span(1, 2)
 QUICK = ("--batch-size", "2", "--data.sequence-length", "64")
 
@@ -147,16 +148,14 @@ def product(dtype: str) -> tuple[Callable[[], Any], float]:
     of = jax.jit(jnp.matmul)
 
     def run(side: int) -> Callable[[], Any]:
-        square = jnp.ones((side, side), dtype)
-        return lambda: of(square, square).block_until_ready()
+        square, times = jnp.ones((side, side), dtype), (max(SIDES) // side) ** 3
+        of(square, square)
+        return lambda: jax.block_until_ready([of(square, square) for _ in range(times)][-1])
 
-    def seconds(run: Callable[[], Any]) -> float:
-        trials = [harness.Variant("", run, 1, 1.0, meter=harness.unmetered).trial().seconds for _ in range(4)]
-        return min(trials[1:])  # the first one compiles
-
-    runs = {side: run(side) for side in SIDES}
-    best = max(runs, key=lambda side: side**3 / seconds(runs[side]))
-    return runs[best], 2.0 * best**3
+    variants = [harness.Variant(str(side), run(side), 2, 1.0, meter=harness.unmetered) for side in SIDES]
+    trials = harness.interleave(variants, least=2)
+    best = min(variants, key=lambda variant: min(trial.seconds for trial in trials[variant.name].values()))
+    return best.run, 2.0 * max(SIDES) ** 3
 
 
 def measure(configurations: Sequence[Config], documents: int, rounds: int) -> list[harness.Row]:
