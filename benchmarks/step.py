@@ -109,7 +109,7 @@ class Training:
 
     def step(self) -> None:
         """Take one, and wait for it."""
-        self.state, metrics = self.job.step(self.state, *self.job.given(self.frozen, self.batch))
+        self.state, metrics = self.job.step(self.state, *self.job.given(self.frozen, self.batch, trains=True))
         jax.block_until_ready((self.state, metrics))
 
 

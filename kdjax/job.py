@@ -79,8 +79,8 @@ class Job:
             frozen["teacher_head"] = self.teacher.params(self.place, key, dtype, self.teacher.model.head_part)
         return frozen
 
-    def given(self, frozen: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], Batch]:
-        """Return what the step, and `sums`, take of the frozen trees and of this process's rows of a batch.
+    def given(self, frozen: dict[str, Any], batch: Batch, *, trains: bool = False) -> tuple[dict[str, Any], Batch]:
+        """Return what `sums`, or the step where it `trains`, take of the frozen trees and of this process's rows.
 
         A teacher apart begins to work on the batch, and what it says comes with it. Nothing here waits for it: while
         the student's devices still take a step, the teacher's are at the next batch.
@@ -88,6 +88,8 @@ class Job:
         placed = self.place.put_batch(batch)
         if not self.apart:
             return frozen, placed
+        if trains and not self.recipe.objective.needs_teacher:
+            return of_step(frozen), placed
         said = self.speak(of_teacher(frozen), self.teacher_place.put_batch(batch))
         return of_step(frozen), replace(placed, signal=self.place.take_rows(said))
 
@@ -142,6 +144,8 @@ class Job:
             names = ("batch", *[None] * (x.ndim - 1))
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.sharding(names, x.shape))
 
+        if not self.recipe.objective.needs_teacher:
+            return [self.step.lower(state, of_step(frozen), replace(batch, signal=None))]
         theirs = jax.tree.map(partial(rows_on, self.teacher_place), replace(batch, signal=None))
         said = jax.eval_shape(self.speak, of_teacher(frozen), theirs)
         brought = replace(batch, signal=jax.tree.map(partial(rows_on, self.place), said))

@@ -219,7 +219,7 @@ def _steps(run: Run) -> None:
         if is_students(run.job, run.step):
             batch = reanswered(run.job, run.state, run.frozen, batch, run.step)
         with run.tracer.step(run.step + 1, run.state):
-            given = run.job.given(run.frozen, batch)
+            given = run.job.given(run.frozen, batch, trains=True)
             run.state, metrics = run.job.step(run.state, *given)
         run.step += 1
         if run.tracer.is_last(run.step):

@@ -123,6 +123,17 @@ def test_the_teacher_is_done_with_the_next_batch_while_the_student_takes_its_ste
     jax.block_until_ready(metrics)
 
 
+def test_where_the_teacher_only_measures_training_does_not_ask_it(config):
+    job = build(apart(replace(config, objective=replace(config.objective, alpha=1.0))))
+    frozen, (batch, _) = job.frozen(), next(job.data.train(None, prefetch=0))
+    frozen_of_step, placed = job.given(frozen, batch, trains=True)
+    assert placed.signal is None and set(frozen_of_step) == {"teacher_head"}
+    _, metrics = job.step(job.start(), frozen_of_step, placed)
+    assert "kd" not in metrics and metrics["ce"] > 0
+    assert len(job.lowered(job.abstract_state, frozen, placed)) == 1
+    assert job.given(frozen, batch)[1].signal is not None
+
+
 @pytest.mark.slow
 def test_a_run_ends_with_the_figures_of_one_whose_teacher_is_within_the_step(config, tmp_path):
     wanted, got = (train(each, tmp_path / name) for name, each in (("within", config), ("apart", apart(config))))

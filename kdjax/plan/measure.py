@@ -129,7 +129,7 @@ def told(job: Job, machine: Machine, made: Sequence[Compiled] | None, price: flo
     teacher = None if job.teacher is None else job.teacher.model.config
     flops = step_flops(config, job.student.model.config, teacher)
     found = None if compiled is None else compiled.found
-    apart = _apart(job, machine, flops, made[1] if made else None) if job.apart else None
+    apart = _apart(job, machine, flops, made[-1] if made and len(made) > 1 else None) if job.apart else None
     times = estimate(
         job, machine, flops, moved_bytes(job, sizes, held), found, price, apart["seconds"] if apart else None
     )
