@@ -6,7 +6,8 @@ COMMAND: python -m benchmarks.data                    (2 minutes on 2 CPU cores)
 One process reads, tokenizes and packs batches of 64 rows of 512 tokens as `kdjax train` does, through its prefetching
 thread; what is timed is the taking of batches, epoch after epoch, once the first ones have been taken. The time to the
 first batch (reading the source, holding out, dropping what is alike) stands beside it. Each source has both kinds of
-packing; what is longer than a row is left out where documents are not cut. Rows go to benchmarks/results/data.jsonl,
+packing that it may have; what is longer than a row is left out where documents are not cut. Rows go to
+benchmarks/results/data.jsonl,
 anew each time; `python -m benchmarks.readme` puts them into benchmarks/README.md.
 """
 
@@ -118,14 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources, rounds, batches = options.sources, options.rounds, TIMED
     if options.quick:
         sources, rounds, batches = sources[:1], 1, QUICK
-    try:
-        used, name = tokenizer(options.tokenizer)
-        for source, packing in itertools.product(sources, get_args(Packing)):
+    used, name = tokenizer(options.tokenizer)
+    for source, packing in itertools.product(sources, get_args(Packing)):
+        try:
             row = measure(source, packing, used, rounds, batches)
-            rows.append(row | {"tokenizer": name, "environment": environment})
-            print(f"{source}, {packing}: {amount(row['tokens_per_second'])} tokens/s", file=sys.stderr, flush=True)
-    except UserError as error:
-        print(f"benchmarks.data: {error}", file=sys.stderr)
+        except UserError as error:  # prompts with answers are not cut, say
+            print(f"benchmarks.data: {source}, {packing}: {error}", file=sys.stderr, flush=True)
+            continue
+        rows.append(row | {"tokenizer": name, "environment": environment})
+        print(f"{source}, {packing}: {amount(row['tokens_per_second'])} tokens/s", file=sys.stderr, flush=True)
+    if not rows:
         return 2
     if not options.quick:
         options.results.unlink(missing_ok=True)
