@@ -1,6 +1,6 @@
 """What saving costs a run: how long the loop stands still for it, what is written, and how long it takes to come back.
 
-COMMAND: python -m benchmarks.checkpoint          (5 minutes on 2 CPU cores)
+COMMAND: python -m benchmarks.checkpoint          (6 minutes on 2 CPU cores)
 
 The step is that of benchmarks.step, and any field of its config is a flag. Stretches of steps with a save in their
 midst and without one take turns, and the difference of a pair, in steps of its own, is what the save cost the loop:
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of stretches")
-    parser.add_argument("--stretch", type=int, default=12, help="steps of a stretch")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of stretches")
+    parser.add_argument("--stretch", type=int, default=8, help="steps of a stretch")
     parser.add_argument("--directory", type=Path, help="on the disk that is measured; default: that of temporary files")
     parser.add_argument("--quick", action="store_true", help="small rows, 1 round; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")

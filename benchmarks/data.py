@@ -1,14 +1,13 @@
 """How fast data comes without a step: tokens a second of the pipeline alone, and how full its rows are, by source.
 
-COMMAND: python -m benchmarks.data                    (2 minutes on 2 CPU cores)
+COMMAND: python -m benchmarks.data                    (13 minutes on 2 CPU cores)
          python -m benchmarks.data --sources "jsonl:my/*.jsonl" --tokenizer my/tokenizer.json
 
 One process reads, tokenizes and packs batches of 64 rows of 512 tokens as `kdjax train` does, through its prefetching
 thread; what is timed is the taking of batches, epoch after epoch, once the first ones have been taken. The time to the
 first batch (reading the source, holding out, dropping what is alike) stands beside it. Each source has both kinds of
 packing that it may have; what is longer than a row is left out where documents are not cut. Rows go to
-benchmarks/results/data.jsonl,
-anew each time; `python -m benchmarks.readme` puts them into benchmarks/README.md.
+benchmarks/results/data.jsonl, anew each time; `python -m benchmarks.readme` puts them into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -119,7 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources, rounds, batches = options.sources, options.rounds, TIMED
     if options.quick:
         sources, rounds, batches = sources[:1], 1, QUICK
-    used, name = tokenizer(options.tokenizer)
+    try:
+        used, name = tokenizer(options.tokenizer)
+    except UserError as error:
+        print(f"benchmarks.data: {error}", file=sys.stderr)
+        return 2
     for source, packing in itertools.product(sources, get_args(Packing)):
         try:
             row = measure(source, packing, used, rounds, batches)

@@ -46,10 +46,8 @@ class Trial(NamedTuple):
 
 def resident_growth(run: Callable[[], Any]) -> int | None:
     """Return by how much the process grew at most while running, results included; None but on Linux."""
-    gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        _reset_high_water()
         before = _status("VmRSS")
         run()
         return _status("VmHWM") - before
@@ -65,10 +63,14 @@ def unmetered(run: Callable[[], Any]) -> None:
 
 def reset_peak() -> None:
     """Begin to count the most that the process holds anew; a device counts from its own beginning."""
-    gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        _reset_high_water()
+
+
+def _reset_high_water() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int | None:

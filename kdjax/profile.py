@@ -122,9 +122,8 @@ def shares(trace: Any, *modules: str) -> dict[str, float]:
             for event, nanoseconds in _own_times(line.events):
                 module, name = dict(event.stats).get("hlo_module"), _operation(event)
                 known = [regions.get(module, {})] if module else regions.values()  # a TPU's events name none
-                for region in (region[name] for region in known if name in region):
+                if (region := next((of[name] for of in known if name in of), None)) is not None:
                     total[region] += nanoseconds
-                    break
     everything = sum(total.values())
     return {name: total[name] / everything for name in (*REGIONS, "other")} if everything else {}
 

@@ -394,7 +394,7 @@ def test_distilling_into_a_copy_of_the_teacher_starts_at_zero():
     recipe = replace(_recipe(student=TEACHER), objective=ObjectiveConfig(0.0))
     params = _init(Model(TEACHER), 2)
     gradients, metrics = _gradient(recipe, _uneven_batch(), params)
-    assert abs(metrics["kd"]) < 1e-11 and metrics["agreement"] == pytest.approx(1)
+    assert metrics["kd"] < 1e-12 and metrics["agreement"] == pytest.approx(1)
     assert max(np.abs(g).max() for g in jax.tree.leaves(gradients)) < 1e-6
 
 
@@ -428,7 +428,7 @@ def test_losses_of_inner_layers_are_means_over_their_own_tokens():
 def test_inner_layers_of_a_copy_of_the_teacher_start_at_zero():
     recipe = _recipe(student=TEACHER, objective=replace(INNER, features=tuple(_last(f) for f in INNER.features)))
     _, metrics = _gradient(recipe, _uneven_batch(), _init(Model(TEACHER), 2))
-    assert all(0 <= metrics[feature.kind] < 1e-11 for feature in INNER.features)
+    assert all(0 <= metrics[feature.kind] < 1e-12 for feature in INNER.features)
 
 
 def _last(feature):

@@ -57,6 +57,10 @@ def _mesh(plan: Plan) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "1 device"
 
 
+def _apart(show: Callable[[Plan], str]) -> Callable[[Plan], str]:
+    return lambda plan: show(plan["apart"]) if plan.get("apart") else MISSING
+
+
 def _loss(plan: Plan) -> str:
     is_chunked = plan["loss"] == "chunked"
     return f"chunked, {plan['chunk_tokens']:,} tokens at a time" if is_chunked else "plain, all tokens at once"
@@ -81,11 +85,11 @@ ROWS: dict[str, Callable[[Plan], str]] = {
     "activations and other work, a device": lambda plan: gib(plan["memory"]["work"]),
     "peak, a device": lambda plan: gib(plan["memory"]["peak"]),
     "fits": _fits,
-    "teacher apart, on devices": lambda plan: MISSING if not plan.get("apart") else str(plan["apart"]["devices"]),
-    "their mesh": lambda plan: _mesh(plan["apart"]) if plan.get("apart") else MISSING,
-    "teacher, one of them": lambda plan: gib(plan["apart"]["memory"]["teacher"]) if plan.get("apart") else MISSING,
-    "peak, one of them": lambda plan: gib(plan["apart"]["memory"]["peak"]) if plan.get("apart") else MISSING,
-    "fits there": lambda plan: _fits(plan["apart"]) if plan.get("apart") else MISSING,
+    "teacher apart, on devices": _apart(lambda apart: str(apart["devices"])),
+    "their mesh": _apart(_mesh),
+    "teacher, one of them": _apart(lambda apart: gib(apart["memory"]["teacher"])),
+    "peak, one of them": _apart(lambda apart: gib(apart["memory"]["peak"])),
+    "fits there": _apart(_fits),
     "FLOPs of a step: teacher": lambda plan: flop(plan["flops"]["teacher"]),
     "student": lambda plan: flop(plan["flops"]["student"]),
     "computed again (remat)": lambda plan: flop(plan["flops"]["recompute"]),
