@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from kdjax.console import duration
 from kdjax.environment import describe
@@ -82,8 +83,16 @@ def peak_bytes() -> int | None:
         return None
 
 
-def _status(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def peak_of(process: int) -> int | None:
+    """Return the most bytes that another process held, from its start; None but on Linux."""
+    try:
+        return _status("VmHWM", process)
+    except (OSError, KeyError):
+        return None
+
+
+def _status(name: str, process: int | str = "self") -> int:
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
@@ -155,16 +164,23 @@ def interleave(
 
 
 def summary(trials: Mapping[int, Trial]) -> Row:
-    """Return median and spread of seconds, the largest memory, and the number of rounds."""
+    """Return median, quartiles and range of seconds, the largest memory, and the number of rounds."""
     seconds = [trial.seconds for trial in trials.values()]
     sizes = [trial.bytes for trial in trials.values() if trial.bytes is not None]
     return {
         "seconds": statistics.median(seconds),
+        "seconds_quartiles": quartiles(seconds),
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
         "rounds": len(seconds),
         "measured_bytes": max(sizes) if sizes else None,
     }
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the lower and the upper quartile; of one number that number."""
+    low, high = np.percentile(seconds, (25, 75)).tolist()
+    return low, high
 
 
 def ratio(trials: Mapping[int, Trial], base: Mapping[int, Trial]) -> float | None:

@@ -4,7 +4,7 @@ COMMAND: python -m benchmarks.loss            (about 40 minutes on 2 CPU cores; 
 
 Everything in a case is measured in the same interleaved rounds, with all cores. Time is that of value and gradients.
 Rows are appended to benchmarks/results/loss.jsonl; the last line printed is one JSON object.
-Peers are optional: benchmarks/peers.py says how to install them; a missing one is a printed line.
+Peers are optional: benchmarks/loss_peers.py says how to install them; a missing one is a printed line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import harness, loss_table, peers
+from benchmarks import harness, loss_peers, loss_table
 from benchmarks.harness import Progress, Row, Variant
 from benchmarks.loss_accuracy import SIZE as ACCURACY_SIZE
 from benchmarks.loss_accuracy import accuracy
@@ -110,7 +110,7 @@ def chosen_plan(options: argparse.Namespace) -> list[Case]:
 def cost(case: Case) -> float:
     """Return the operations of a case, variants weighed by how they compare with bare matmuls."""
     ours = case.rounds * (2.6 + 1.2 + 0.6 + 1.0)
-    theirs = sum(peer.cost for peer in peers.PEERS.values() if not peer.needs_cuda) if case.peer_rounds else 0.0
+    theirs = sum(peer.cost for peer in loss_peers.PEERS.values() if not peer.needs_cuda) if case.peer_rounds else 0.0
     # A peer runs once more, before it is timed.
     return OVERHEAD * PACE[case.dtype] * case.size.floor * (ours + theirs * (case.peer_rounds + 1))
 
@@ -181,7 +181,7 @@ class Recorder:
 
     def __init__(self, path: Path | None, resume: bool) -> None:
         """Take the result file, None to write nothing, and whether to skip what it has of these sources."""
-        self.path, self.here = path, harness.environment() | peers.versions()
+        self.path, self.here = path, harness.environment() | loss_peers.versions()
         rows = harness.read(path) if path and resume else []
         self.rows = [row for row in rows if harness.same_sources(row, self.here)]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import loss_peers
 from benchmarks.harness import Row
 from benchmarks.loss_cases import (
     Inputs,
@@ -51,7 +51,7 @@ def nearly_equal(x: Inputs) -> Inputs:
 
 def accuracy(objective: ObjectiveConfig, dtype: str, size: Size, with_peers: bool) -> Iterator[Row]:
     """Yield the rows of a divergence at each standard deviation of the logits: the engine's, then the peers'."""
-    others = peers.PEERS if with_peers and beta_of(objective.divergence) is not None else {}
+    others = loss_peers.PEERS if with_peers and beta_of(objective.divergence) is not None else {}
     objective = replace(objective, alpha=0.0)
     for std in STDS:
         x = make_inputs(size, dtype, std=std)
@@ -106,18 +106,18 @@ def _by_token(of: Callable[[Inputs], Array], x: Inputs) -> Array:
     return jax.lax.map(one, (x.student_ND[:SEEN], x.teacher_ND[:SEEN], x.targets_N[:SEEN]))
 
 
-def _peer(peer: peers.Peer, divergence: str, x: Inputs, wanted: tuple[float, Array, Array]) -> Row:
+def _peer(peer: loss_peers.Peer, divergence: str, x: Inputs, wanted: tuple[float, Array, Array]) -> Row:
     device, loss = peer_loss(peer, divergence, 0.0)
     try:
-        found = peers.in_numpy(peers.closure(loss, peers.place(problem(x), device))())
+        found = loss_peers.in_numpy(loss_peers.closure(loss, loss_peers.place(problem(x), device))())
         smallest = min(_peer_smallest(loss, y, device) for y in (x, nearly_equal(x)))
     except Exception as error:
         raise Skipped(f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     return _errors(found, wanted) | {"smallest": smallest}
 
 
-def _peer_smallest(loss: peers.Loss, x: Inputs, device: str) -> float:
-    student_ND, student_VD, teacher_ND, teacher_VD, targets_N = peers.place(problem(x), device)
+def _peer_smallest(loss: loss_peers.Loss, x: Inputs, device: str) -> float:
+    student_ND, student_VD, teacher_ND, teacher_VD, targets_N = loss_peers.place(problem(x), device)
     tokens = range(min(SEEN, targets_N.shape[0]))
     each = (
         loss(student_ND[i : i + 1], student_VD, teacher_ND[i : i + 1], teacher_VD, targets_N[i : i + 1]) for i in tokens

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import peers
+from benchmarks import loss_peers
 from benchmarks.harness import Meter, Variant, available_bytes, resident_growth
 from kdjax.losses import DIVERGENCES, ObjectiveConfig, fused_kd_loss, head_logits
 from kdjax.losses.chunk import COMPARED, Dense
@@ -280,37 +280,37 @@ def peer_makers(case: Case, x: Inputs, alpha: float) -> dict[str, Callable[[], V
     @cache
     def arguments(device: str) -> tuple[Any, ...]:
         _room(case.size.bytes(case.dtype), _torch_free(device))
-        return peers.place(problem(x), device)
+        return loss_peers.place(problem(x), device)
 
-    def of(name: str, peer: peers.Peer) -> Variant:
+    def of(name: str, peer: loss_peers.Peer) -> Variant:
         device, loss = peer_loss(peer, case.divergence, alpha)
         tokens = min(case.size.tokens, peer.chunk or case.size.tokens)
         logits = 4 * peer.copies[case.dtype == "bf16"] * tokens * case.size.vocab
         placed = arguments(device)
         _room(logits + 8 * case.size.student * case.size.vocab, _torch_free(device))
-        run = peers.closure(loss, placed)
+        run = loss_peers.closure(loss, placed)
         _guarded(run)
         on_cpu = device == "cpu"
         facts = {"alpha": alpha if peer.has_ce else 0.0, "weighted_tokens": case.size.tokens}
         facts["measured_by"] = "resident" if on_cpu else "torch allocator"
-        meter = resident_growth if on_cpu else peers.cuda_growth
+        meter = resident_growth if on_cpu else loss_peers.cuda_growth
         return Variant(name, run, case.peer_rounds, peer.cost * case.size.floor, meter, facts)
 
-    return {name: partial(of, name, peer) for name, peer in peers.PEERS.items()}
+    return {name: partial(of, name, peer) for name, peer in loss_peers.PEERS.items()}
 
 
-def peer_loss(peer: peers.Peer, divergence: str, alpha: float) -> tuple[str, peers.Loss]:
+def peer_loss(peer: loss_peers.Peer, divergence: str, alpha: float) -> tuple[str, loss_peers.Loss]:
     """Return torch's device and the peer's loss, or raise Skipped where it is not installed or has no such loss."""
     beta = beta_of(divergence)
     if beta is None:
         raise Skipped(f"has no {divergence}")
     try:
-        device = peers.device_for(jax.default_backend())
+        device = loss_peers.device_for(jax.default_backend())
         if peer.needs_cuda and device == "cpu":
             raise NotInstalled("it runs on a GPU alone")
         return device, peer.make(alpha, beta)
     except ImportError as error:
-        raise NotInstalled(f"not installed ({error}); benchmarks/peers.py says how") from error
+        raise NotInstalled(f"not installed ({error}); benchmarks/loss_peers.py says how") from error
 
 
 def _guarded(run: Callable[[], Any]) -> None:
@@ -322,9 +322,9 @@ def _guarded(run: Callable[[], Any]) -> None:
 
 
 def _torch_free(device: str) -> int:
-    return available_bytes() if device == "cpu" else peers.cuda_free()
+    return available_bytes() if device == "cpu" else loss_peers.cuda_free()
 
 
-def problem(x: Inputs) -> peers.Problem:
+def problem(x: Inputs) -> loss_peers.Problem:
     """Return the inputs as peers take them."""
-    return peers.Problem(*(np.asarray(array) for array in x[:5]))
+    return loss_peers.Problem(*(np.asarray(array) for array in x[:5]))

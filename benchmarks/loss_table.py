@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import PEERS
+from benchmarks.loss_peers import PEERS
 
 Row = dict[str, Any]
 MISSING = "–"

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import harness, peers
+from benchmarks import harness, loss_peers
 from kdjax.evaluate import sums_of
 from kdjax.generate import generate
 from kdjax.losses import ObjectiveConfig, head_logits
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    environment, rows = harness.environment() | peers.versions(), []
+    environment, rows = harness.environment() | loss_peers.versions(), []
     for path in sorted(GOLDEN.glob("*/config.json")):
         rows.append(measure(path.parent) | {"environment": environment})
         print(json.dumps({key: value for key, value in rows[-1].items() if key != "environment"}), flush=True)

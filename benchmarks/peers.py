@@ -1,211 +1,350 @@
-"""Others' distillation losses in PyTorch, behind one face: numpy in, a closure out. All parts are optional.
+"""The whole distillation step of kdjax beside what users would pick instead: Tunix, TRL, Liger-Kernel, plain PyTorch.
+
+COMMAND: python -m benchmarks.peers                                   (10 minutes on 2 CPU cores)
+         python -m benchmarks.peers --teacher.dtype bfloat16 --student.dtype bfloat16
+         python -m benchmarks.peers --python Tunix=DIR/bin/python --engines kdjax Tunix
+
+All have the same weights, batch, loss and optimiser (benchmarks/engines says which), and all cores. Each is a process
+of its own, and they take their steps in turn. The first step's loss and norm of the gradient are compared with ours; an
+engine that is further off than 1e-3 is marked as not doing the same job. Sizes are flags, as of `benchmarks.step`. What
+they need:
 
     pip install -e ".[peers]" && pip install --no-deps liger-kernel==0.8.5
+    python -m venv DIR && DIR/bin/pip install google-tunix==0.1.7 "jax==0.10.2"     (does not go with the others)
 
-Liger-Kernel asks for Triton, but on a CPU runs without it, hence --no-deps.
+An engine that is not there is a printed line. Rows go to benchmarks/results/peers.jsonl; `python -m benchmarks.readme`
+puts them into benchmarks/README.md.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import json
 import os
-from collections.abc import Callable
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from kdjax.shapes import Array
+from benchmarks import harness, step
+from benchmarks.prompts import said
+from kdjax import config as configs
+from kdjax.config import Config
+from kdjax.console import amount
+from kdjax.errors import UserError
+from kdjax.models import Model, export
+from kdjax.models.config import Rope
+from kdjax.plan.abstract import abstract_job
+from kdjax.utilisation import flops_of
 
-Result = tuple[Any, Any, Any]
-"""value, dh_ND and dw_VD, torch tensors."""
-Loss = Callable[..., Any]
-"""(student_ND, student_VD, teacher_ND, teacher_VD, targets_N) -> the mean loss, a torch scalar."""
+RESULTS = harness.RESULTS / "peers.jsonl"
+SAME = 1e-3
+"""How far, of itself, another's first loss and norm of the gradient may be from ours."""
+WARM = 3
+"""Steps that are not timed."""
+SIZES = "layers 2", "width 64", "heads 2", "kv-heads 1", "head-width 32", "mlp-width 128", "vocab-size 512"
+QUICK = [
+    *("--batch-size", "2", "--data.sequence-length", "64"),
+    *(part for who in ("teacher", "student") for size in SIZES for part in f"--{who}.architecture.{size}".split()),
+]
 
 
-class Problem(NamedTuple):
-    """What a loss is given, in numpy (bfloat16 by ml_dtypes); every token has weight 1/N."""
-
-    student_ND: Array
-    student_DV: Array
-    teacher_ND: Array
-    teacher_DV: Array
-    targets_N: Array
-
-
-class Peer(NamedTuple):
-    """A row of `PEERS`.
+class Engine(NamedTuple):
+    """A row of `ENGINES`.
 
     Attributes:
-        make: of (alpha, beta) -> alpha·cross entropy + (1 − alpha)·divergence, where beta 0 is forward KL, 1 reverse
-            KL, and between them JSD with that weight on the teacher.
-        has_ce: whether it has a cross entropy; if not, alpha does nothing and the divergence has weight 1.
-        copies: float32 arrays [tokens, V] that would hold its peak with float32 and with bfloat16 inputs, at beta 0.5;
-            measured, to refuse what would not fit.
-        chunk: tokens whose logits exist at one time; 0 is all.
-        cost: its time as a multiple of the bare matmuls', to plan with.
-        needs_cuda: whether it runs on a GPU alone.
+        command: a module of benchmarks.engines, and what it is given.
+        kinds: of devices, by jax's name, that it runs on.
     """
 
-    make: Callable[[float, float], Loss]
-    has_ce: bool
-    copies: tuple[float, float]
-    chunk: int
-    cost: float
-    needs_cuda: bool = False
+    command: tuple[str, ...]
+    kinds: tuple[str, ...] = ("cpu", "gpu")
 
 
-def _torch() -> Any:
-    """Return torch, with all cores; threads that wait do not spin, which on a busy machine costs it half its speed."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    torch = importlib.import_module("torch")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
-    return torch
-
-
-def plain(alpha: float, beta: float) -> Loss:
-    """Return cross entropy and divergence on whole logits, as one writes it in PyTorch."""
-    torch = _torch()
-    functional = torch.nn.functional
-
-    def loss(student_ND, student_VD, teacher_ND, teacher_VD, targets_N):
-        student_NV = (student_ND @ student_VD.T).float()
-        with torch.no_grad():
-            teacher_log_NV = functional.log_softmax((teacher_ND @ teacher_VD.T).float(), -1)
-        student_log_NV = functional.log_softmax(student_NV, -1)
-        ce = functional.nll_loss(student_log_NV, targets_N)
-        return alpha * ce + (1 - alpha) * _divergence(torch, student_log_NV, teacher_log_NV, beta)
-
-    return loss
-
-
-def _divergence(torch: Any, student_NV: Any, teacher_NV: Any, beta: float) -> Any:
-    kl = torch.nn.functional.kl_div  # of (log q, log p): KL(p ‖ q)
-    options = {"reduction": "batchmean", "log_target": True}
-    if beta in (0, 1):
-        pair = (student_NV, teacher_NV) if beta == 0 else (teacher_NV, student_NV)
-        return kl(*pair, **options)
-    mixed_NV = torch.logaddexp(teacher_NV + float(np.log(beta)), student_NV + float(np.log1p(-beta)))
-    return beta * kl(mixed_NV, teacher_NV, **options) + (1 - beta) * kl(mixed_NV, student_NV, **options)
-
-
-def trl(alpha: float, beta: float) -> Loss:
-    """Return TRL's generalized JSD (GKDTrainer.generalized_jsd_loss) on whole logits; it has no cross entropy."""
-    _torch()
-    jsd = _trl_trainer().generalized_jsd_loss
-
-    def loss(student_ND, student_VD, teacher_ND, teacher_VD, targets_N):
-        teacher_NV = (teacher_ND @ teacher_VD.T).detach()
-        return jsd(student_ND @ student_VD.T, teacher_NV, beta=beta, reduction="batchmean")
-
-    return loss
-
-
-def _trl_trainer() -> Any:
-    for module in ("trl.trainer.gkd_trainer", "trl.experimental.gkd.gkd_trainer"):
-        try:
-            return importlib.import_module(module).GKDTrainer
-        except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise
-    raise ModuleNotFoundError("trl (or it has no GKDTrainer)", name="trl")
-
-
-def liger(alpha: float, beta: float, *, compiled: bool) -> Loss:
-    """Return Liger-Kernel's chunked distillation loss, 1,024 tokens at a time."""
-    _torch()
-    module = importlib.import_module("liger_kernel.chunked_loss")
-    return module.LigerFusedLinearJSDLoss(alpha, 1 - alpha, beta=beta, compiled=compiled)
-
-
-def liger_triton(alpha: float, beta: float) -> Loss:
-    """Return Liger-Kernel's fused linear JSD in Triton; it has no cross entropy."""
-    return importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=beta)
-
-
-PEERS: dict[str, Peer] = {
-    "torch plain": Peer(plain, True, (10, 10), 0, 4.0),
-    "TRL": Peer(trl, False, (17, 9), 0, 6.0),
-    "Liger eager": Peer(partial(liger, compiled=False), True, (20, 16), 1024, 4.5),
-    "Liger compiled": Peer(partial(liger, compiled=True), True, (7, 4), 1024, 2.5),
-    "Liger Triton": Peer(liger_triton, False, (4, 4), 1024, 1.5, needs_cuda=True),
+ENGINES: dict[str, Engine] = {
+    "kdjax": Engine(("ours",)),
+    "Tunix": Engine(("tunix",)),
+    "torch plain": Engine(("torch_loop",)),
+    "TRL GKDTrainer": Engine(("trl_gkd",)),
+    "TRL's chunked loss": Engine(("torch_loop", "TRL chunked")),
+    "Liger eager": Engine(("torch_loop", "Liger eager"), ("cpu",)),
+    "Liger Triton": Engine(("torch_loop", "Liger Triton"), ("gpu",)),
 }
-"""Name -> how to make it. To add one: a function of alpha and beta, and a row."""
+"""Name -> how it is started. To add one: a module that opens a `Gate`, and a row."""
 
 
-def to_torch(x: Array, device: str) -> Any:
-    """Return a copy as a torch tensor; bfloat16 goes by its bits."""
-    torch = _torch()
-    x = np.ascontiguousarray(x)
-    if x.dtype.name == "bfloat16":
-        return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
-    return torch.tensor(x.astype(np.int64) if x.dtype.kind == "i" else x, device=device)
+class NotRunning(RuntimeError):
+    """An engine that has ended, with the last line it said."""
 
 
-def place(problem: Problem, device: str) -> tuple[Any, ...]:
-    """Return the loss's arguments: matrices as [V, D], the student's asking for gradients."""
-    student_ND, student_VD, teacher_ND, teacher_VD, targets_N = (
-        to_torch(x, device)
-        for x in (
-            problem.student_ND,
-            problem.student_DV.T,
-            problem.teacher_ND,
-            problem.teacher_DV.T,
-            problem.targets_N,
+class Running:
+    """An engine's process, which waits until it is asked for a step.
+
+    Attributes:
+        told: what it told of each step, the versions first.
+    """
+
+    def __init__(self, name: str, python: str, home: Path) -> None:
+        """Start it, and wait until it is ready.
+
+        Raises:
+            NotRunning: it ended.
+        """
+        module, *more = ENGINES[name].command
+        self.log = home / f"{name}.log"
+        environment = os.environ | {
+            "PYTHONPATH": str(harness.ROOT),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self.log.open("w") as log:
+            self.process: Any = subprocess.Popen(
+                [python, "-m", f"benchmarks.engines.{module}", str(home), *more],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=harness.ROOT,
+                env=environment,
+            )
+        self.told = [self._read()]
+
+    def step(self) -> None:
+        """Let it take one step, and wait for it.
+
+        Raises:
+            NotRunning: it ended.
+        """
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        self.told.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            last = self.log.read_text("utf-8", "replace").strip().splitlines()[-1:]
+            raise NotRunning(*last)
+        return json.loads(line)
+
+    def first(self, name: str) -> float:
+        """Return a figure of its first step, which some tell of only later."""
+        return next(facts[name] for facts in self.told if name in facts)
+
+    def close(self) -> None:
+        """End it."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def shape() -> Config:
+    """Return the default, that of `benchmarks.step` with the only base of rotary angles that Tunix's Llama has."""
+    config, rope = step.shape(), Rope(theta=1e6)
+
+    def of(spec: Any) -> Any:
+        return replace(spec, architecture=replace(spec.architecture, rope=rope))
+
+    return replace(config, teacher=of(config.teacher), student=of(config.student))
+
+
+def write_problem(config: Config, home: Path) -> None:
+    """Write what every engine is given: two models of random weights, and a batch of random tokens."""
+    for n, (name, spec) in enumerate(_specs(config).items()):
+        params = jax.jit(Model(spec.architecture).init)(jax.random.key(n))
+        export(spec.architecture, params, home / name, None)
+    np.save(home / "tokens.npy", step.random_batch(config, 1).student.tokens_BT)
+    told = {"dtype": config.student.dtype, "learning_rate": config.optim.learning_rate, "b2": config.optim.b2}
+    (home / "problem.json").write_text(json.dumps(told), "utf-8")
+
+
+def _specs(config: Config) -> dict[str, Any]:
+    return {"teacher": config.teacher, "student": config.student}
+
+
+def started(names: Sequence[str], pythons: Mapping[str, str], home: Path) -> dict[str, Running]:
+    """Return the engines that run here, warm; of the others one line each is printed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = engine = Running(name, pythons.get(name, sys.executable), home)
+            for _ in range(WARM):
+                engine.step()
+        except NotRunning as error:
+            print(f"{name}: does not run here ({error})", file=sys.stderr, flush=True)
+            found.pop(name, None)
+    return found
+
+
+def measure(config: Config, names: Sequence[str], pythons: Mapping[str, str], rounds: int) -> list[harness.Row]:
+    """Return a row of each engine that runs here.
+
+    Raises:
+        UserError: none does, or an engine ended between its steps.
+    """
+    flops = flops_of(abstract_job(config, jax.devices()))
+    product, operations = step.product(config.student.dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        write_problem(config, home)
+        engines = started(names, pythons, home)
+        if not engines:
+            raise UserError(f"none of {', '.join(names)} runs here")
+        try:
+            before = {name: harness.peak_of(engine.process.pid) for name, engine in engines.items()}
+            runs: dict[str, Callable[[], Any]] = {name: engine.step for name, engine in engines.items()}
+            variants = [
+                harness.Variant(name, run, rounds, 1.0, meter=harness.unmetered)
+                for name, run in (runs | {"product": product}).items()
+            ]
+            trials = harness.interleave(variants, least=rounds, on_trial=said)
+            after = {name: harness.peak_of(engine.process.pid) for name, engine in engines.items()}
+        except NotRunning as error:
+            raise UserError(f"an engine ended between its steps: {error}") from error
+        finally:
+            for engine in engines.values():
+                engine.close()
+    rate = operations / statistics.median(trial.seconds for trial in trials["product"].values())
+    ours = engines.get("kdjax")
+    return [
+        row(config, name, engine, ours, trials)
+        | {
+            "ratio": harness.ratio(trials[name], trials["kdjax"]) if ours else None,
+            "floor_seconds": flops.useful / rate,
+            "matmul_flops_per_second": rate,
+            "start_peak_bytes": before[name],
+            "peak_bytes": after[name],
+        }
+        for name, engine in engines.items()
+    ]
+
+
+def row(config: Config, name: str, engine: Running, ours: Running | None, trials: harness.Trials) -> harness.Row:
+    """Return what is said of an engine's steps."""
+    seconds = [trial.seconds for trial in trials[name].values()]
+    median = statistics.median(seconds)
+    rows, length = config.batch_size, config.data.sequence_length
+    first = {what: engine.first(what) for what in ("loss", "grad_norm")}
+    errors = {f"{what}_error": abs(first[what] / ours.first(what) - 1) for what in first} if ours else {}
+    return {
+        "engine": name,
+        "versions": engine.told[0]["versions"],
+        "tokens_per_second": rows * length / median,
+        "weighted_tokens_per_second": rows * (length - 1) / median,
+        "step_seconds": median,
+        "step_seconds_quartiles": harness.quartiles(seconds),
+        "rounds": len(seconds),
+        **first,
+        **errors,
+        "same_job": all(error <= SAME for error in errors.values()) if errors else None,
+        "device_bytes": engine.told[-1].get("device_bytes"),
+        "dtype": config.student.dtype,
+        "batch_size": rows,
+        "sequence_length": length,
+        **{name: step.sizes(spec.architecture) for name, spec in _specs(config).items()},
+    }
+
+
+def markdown(rows: Sequence[harness.Row]) -> str:
+    """Return the tables of benchmarks/README.md: the newest of each engine, by what all had to do."""
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.peers` writes the figures that stand here."
+    jobs = {
+        (row["dtype"], row["batch_size"], row["sequence_length"], row["teacher"], row["student"]): [] for row in rows
+    }
+    for row in rows:
+        jobs[row["dtype"], row["batch_size"], row["sequence_length"], row["teacher"], row["student"]].append(row)
+    return "\n\n".join(_table(job, {row["engine"]: row for row in found}) for job, found in jobs.items())
+
+
+def _table(job: tuple[Any, ...], rows: Mapping[str, harness.Row]) -> str:
+    names = "engine", "tokens/s (quartiles)", "those with weight", "kdjax is faster", "times the floor"
+    names += ("memory at most", "the same job: loss, gradient off by")
+    lines = [f"| {' | '.join(names)} |", f"|:--|{'--:|' * (len(names) - 1)}"]
+    ordered = sorted(rows.values(), key=lambda row: row["step_seconds"])
+    for row in ordered:
+        tokens = row["batch_size"] * row["sequence_length"]
+        low, high = (amount(tokens / seconds) for seconds in reversed(row["step_seconds_quartiles"]))
+        held = row["device_bytes"] or row["peak_bytes"]
+        cells = (
+            f"{row['engine']} ({', '.join(f'{name} {number}' for name, number in row['versions'].items())})",
+            f"{amount(row['tokens_per_second'])} ({low} to {high})",
+            amount(row["weighted_tokens_per_second"]),
+            "–" if row["ratio"] is None or row["engine"] == "kdjax" else f"{row['ratio']:.2f} ×",
+            f"{row['step_seconds'] / row['floor_seconds']:.2f} ×",
+            "–" if held is None else f"{held / 1e9:.2f} GB",
+            _same(row),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    dtype, batch, length, teacher, student = job
+    last = ordered[-1]
+    return "\n".join(
+        [
+            f"{dtype}, {batch} × {length}; teacher {teacher}; student {student}:",
+            "",
+            *lines,
+            "",
+            f"The floor is the models' own FLOPs at the rate of a plain product, {last['floor_seconds']:.3g} s. "
+            f"{last['rounds']} rounds. {harness.measured_on(last['environment'])}.",
+        ]
+    )
+
+
+def _same(row: harness.Row) -> str:
+    if row["same_job"] is None or row["engine"] == "kdjax":
+        return "–"
+    off = f"{row['loss_error']:.0e}, {row['grad_norm_error']:.0e}"
+    return off if row["same_job"] else f"not the same job: {off}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the flags ask for; return the exit code."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    here = [name for name, engine in ENGINES.items() if jax.default_backend() in engine.kinds]
+    parser.add_argument("--engines", nargs="+", default=here, choices=here, metavar="ENGINE", help=", ".join(here))
+    parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
+    parser.add_argument("--quick", action="store_true", help="tiny models and 3 rounds; nothing is kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
+    options, flags = parser.parse_known_args(arguments)
+    try:
+        if options.rounds < 1:
+            raise UserError(f"--rounds is {options.rounds}; wanted at least 1")
+        pythons = dict(pair.partition("=")[::2] for pair in options.python)
+        if unknown := [name for name, path in pythons.items() if name not in ENGINES or not Path(path).is_file()]:
+            raise UserError(f"--python {unknown[0]}={pythons[unknown[0]]}: wanted ENGINE=PATH, of a file that is there")
+        config = configs.override(shape(), [*(QUICK if options.quick else ()), *flags], "benchmarks.peers")
+        environment = harness.environment()
+        rows = measure(config, options.engines, pythons, 3 if options.quick else options.rounds)
+    except UserError as error:
+        print(f"benchmarks.peers: {error}", file=sys.stderr)
+        return 2
+    rows = [{"what": "peers"} | one | {"environment": environment} for one in rows]
+    if not options.quick:
+        harness.append(options.results, rows)
+    print(markdown(rows), file=sys.stderr)
+    print(
+        json.dumps(
+            {one["engine"]: {"tokens_per_second": one["tokens_per_second"], "ratio": one["ratio"]} for one in rows}
         )
     )
-    return student_ND.requires_grad_(), student_VD.requires_grad_(), teacher_ND, teacher_VD, targets_N
+    return 0
 
 
-def closure(loss: Loss, arguments: tuple[Any, ...]) -> Callable[[], Result]:
-    """Return a function that computes value and gradients once and waits for them."""
-    torch = _torch()
-    is_cuda = arguments[0].is_cuda
-
-    def run() -> Result:
-        value = loss(*arguments)
-        dh_ND, dw_VD = torch.autograd.grad(value, arguments[:2])
-        if is_cuda:
-            torch.cuda.synchronize()
-        return value.detach(), dh_ND, dw_VD
-
-    return run
-
-
-def in_numpy(result: Result) -> tuple[float, Array, Array]:
-    """Return value, dh_ND and dw_DV in float32."""
-    value, dh_ND, dw_VD = result
-    return float(value), dh_ND.float().cpu().numpy(), dw_VD.float().cpu().numpy().T
-
-
-def device_for(platform: str) -> str:
-    """Return torch's name of the device that JAX runs on."""
-    return "cuda" if platform == "gpu" and _torch().cuda.is_available() else "cpu"
-
-
-def cuda_growth(run: Callable[[], Any]) -> int | None:
-    """Return the GPU memory that torch's allocator held at most while running, over what it held before."""
-    torch = _torch()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def cuda_free() -> int:
-    """Return the bytes of GPU memory that nobody holds."""
-    return _torch().cuda.mem_get_info()[0]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what is installed of torch and the peers' packages."""
-    found = {}
-    for name in ("torch", "trl", "liger-kernel"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,7 @@ from benchmarks import (
     loss_table,
     memory,
     models,
+    peers,
     prompt_distill,
     prompts,
     scaling,
@@ -240,6 +241,7 @@ SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
 
 BENCHMARK_BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": lambda results: step.markdown(harness.read(results / "step.jsonl")),
+    "peers": lambda results: peers.markdown(harness.read(results / "peers.jsonl")),
     "data": lambda results: data.markdown(harness.read(results / "data.jsonl")),
     "checkpoint": lambda results: checkpoint.markdown(harness.read(results / "checkpoint.jsonl")),
     "start": lambda results: start.markdown(harness.read(results / "start.jsonl")),

@@ -81,10 +81,19 @@ def random_batch(config: Config, documents: int) -> Batch:
         UserError: rows that do not split into so many.
     """
     rows, length, vocab = config.batch_size, config.data.sequence_length, config.student.architecture.vocab_size
+    return batch_of(np.random.default_rng(0).integers(0, vocab, (rows, length)).astype(np.int32), documents)
+
+
+def batch_of(tokens_BT: np.ndarray, documents: int) -> Batch:
+    """Return full rows of tokens as a batch; every token counts but a document's last, which has none after it.
+
+    Raises:
+        UserError: rows that do not split into so many documents.
+    """
+    rows, length = tokens_BT.shape
     each = length // documents
     if each * documents != length or each < 2:
         raise UserError(f"rows of {length} tokens do not split into {documents} documents; wanted a divisor")
-    tokens_BT = np.random.default_rng(0).integers(0, vocab, (rows, length)).astype(np.int32)
     position_BT = np.tile(np.arange(each, dtype=np.int32), (rows, documents))
     segment_BT = np.tile(np.repeat(np.arange(1, documents + 1, dtype=np.int32), each), (rows, 1))
     weight_BT = (position_BT < each - 1).astype(np.float32)
@@ -107,10 +116,10 @@ class Training:
     batch: Batch
     state: Any
 
-    def step(self) -> None:
-        """Take one, and wait for it."""
+    def step(self) -> dict[str, Any]:
+        """Take one, wait for it, and return its metrics."""
         self.state, metrics = self.job.step(self.state, *self.job.given(self.frozen, self.batch, trains=True))
-        jax.block_until_ready((self.state, metrics))
+        return jax.block_until_ready((self.state, metrics))[1]
 
 
 def training(config: Config, documents: int) -> Training:
@@ -182,7 +191,7 @@ def row(made: Training, trials: harness.Trials, name: str, rate: float, peak: in
     return {
         "tokens_per_second": config.batch_size * config.data.sequence_length / median,
         "step_seconds": median,
-        "step_seconds_quartiles": quartiles(seconds),
+        "step_seconds_quartiles": harness.quartiles(seconds),
         "rounds": len(seconds),
         "peak_memory_gb": None if peak is None else peak / 1e9,
         "bytes": {
@@ -208,12 +217,6 @@ def row(made: Training, trials: harness.Trials, name: str, rate: float, peak: in
         "mesh": {"placement": job.place.by, **dict(job.place.mesh.shape)},
         "teacher_devices": job.teacher_place.mesh.size if job.apart else 0,
     }
-
-
-def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return the lower and the upper quartile; of one number that number."""
-    low, high = np.percentile(seconds, (25, 75)).tolist()
-    return low, high
 
 
 def of_models(flops: Flops, found: dict[str, float], could: float) -> dict[str, float]:

@@ -23,9 +23,9 @@ from benchmarks import (
     knowledge,
     loss,
     loss_compiled,
+    loss_peers,
     loss_table,
     models,
-    peers,
     prompts,
     readme,
     screening,
@@ -97,26 +97,26 @@ def test_both_ways_are_the_loss_that_is_described(way, masked, name):
     assert relative(dh, wanted[1]) < 1e-5 and relative(dw, wanted[2]) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.needs_cuda])
+@pytest.mark.parametrize("name", [name for name, peer in loss_peers.PEERS.items() if not peer.needs_cuda])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.25])
 def test_peers_compute_the_same_loss(name, beta):
     pytest.importorskip("torch")
     if name == "Liger compiled":
         pytest.importorskip("liger_kernel")
     try:
-        made = peers.PEERS[name].make(0.3, beta)
+        made = loss_peers.PEERS[name].make(0.3, beta)
     except ImportError as error:
         pytest.skip(str(error))
     x = make_inputs(SIZE, "f32")
-    found = peers.in_numpy(peers.closure(made, peers.place(problem(x), "cpu"))())
-    wanted = expected(x, 0.3 if peers.PEERS[name].has_ce else 0.0, beta)
+    found = loss_peers.in_numpy(loss_peers.closure(made, loss_peers.place(problem(x), "cpu"))())
+    wanted = expected(x, 0.3 if loss_peers.PEERS[name].has_ce else 0.0, beta)
     assert [relative(a, b) < 1e-5 for a, b in zip(found, wanted, strict=True)] == [True] * 3
 
 
 def test_bfloat16_goes_to_torch_by_its_bits():
     pytest.importorskip("torch")
     x = np.array([[1.5, -3.0e38], [0.0, 2.0**-130]], ml_dtypes.bfloat16)
-    assert np.array_equal(peers.to_torch(x, "cpu").float().numpy(), x.astype(np.float32))
+    assert np.array_equal(loss_peers.to_torch(x, "cpu").float().numpy(), x.astype(np.float32))
 
 
 def test_logits_have_the_standard_deviation_that_is_asked_for():
@@ -170,6 +170,7 @@ def test_medians_and_ratios_are_of_the_same_rounds():
     assert harness.ratio(other, base) == 2.5 and harness.ratio(other, {2: Trial(1.0, 1)}) is None
     assert harness.summary(base) == {
         "seconds": 2.0,
+        "seconds_quartiles": (1.5, 3.0),
         "seconds_min": 1.0,
         "seconds_max": 4.0,
         "rounds": 3,
@@ -459,7 +460,7 @@ def test_a_models_utilisation_is_of_its_own_time():
     flops = Flops(teacher=30.0, student=20.0, recompute=4.0, loss=10.0, useful=60.0)
     found = step.of_models(flops, {"teacher": 0.5, "student": 0.25, "loss": 0.25}, 100.0)
     assert found == {"utilisation_teacher": 0.6, "utilisation_student": 0.96}
-    assert step.quartiles([1.0, 2.0, 3.0]) == (1.5, 2.5)
+    assert harness.quartiles([1.0, 2.0, 3.0]) == (1.5, 2.5)
 
 
 def test_a_model_that_is_named_has_its_sizes_and_random_weights():
