@@ -43,6 +43,7 @@ from benchmarks import (
     start,
     step,
     students,
+    teacher,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -242,6 +243,7 @@ SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
 BENCHMARK_BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": lambda results: step.markdown(harness.read(results / "step.jsonl")),
     "peers": lambda results: peers.markdown(harness.read(results / "peers.jsonl")),
+    "teacher": lambda results: teacher.markdown(harness.read(results / "teacher.jsonl")),
     "data": lambda results: data.markdown(harness.read(results / "data.jsonl")),
     "checkpoint": lambda results: checkpoint.markdown(harness.read(results / "checkpoint.jsonl")),
     "start": lambda results: start.markdown(harness.read(results / "start.jsonl")),

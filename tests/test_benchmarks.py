@@ -500,6 +500,7 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
     [
         ("start", ()),
         ("data", ()),
+        ("teacher", ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16")),
         ("checkpoint", ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1")),
     ],
 )
@@ -512,6 +513,10 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
     assert not kept.exists()
     if name == "start":
         assert 0 < found["ratio"] < 1 and found["warm_compiled_seconds"] < found["cold_compiled_seconds"]
+    elif name == "teacher":
+        whole, half = found["rows"]
+        assert whole["hidden_tokens_per_second"] > whole["whole_tokens_per_second"] > 0
+        assert half["dtype"] == "bfloat16" and half["bytes"] == whole["bytes"] / 2 and 0 < half["hidden_mfu"] < 2
     elif name == "data":
         assert set(found) == {"python_docs concat", "python_docs first_fit"} and min(found.values()) > 1000
     else:

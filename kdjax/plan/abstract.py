@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -24,8 +24,21 @@ from kdjax.shapes import Batch, View
 from kdjax.sharding import ON_HOST, Placement
 
 
-def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
+def unread(source: str) -> ModelFile:
+    """Return a model whose architecture is known, its tensors being shapes; opened on disk only if it is not."""
+    known = known_architecture(source)
+    if known is None:
+        return open_model(source)
+    return ModelFile(known, _lazy(known), source, None)
+
+
+def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str], ModelFile] = unread) -> Job:
     """Return the job of a config on devices that need not be here; it has neither tokenizer nor data.
+
+    Args:
+        config: of a run.
+        devices: as many as it is to run on.
+        opened: how a model is opened; with `open_model` its weights can be read.
 
     Raises:
         UserError: whatever of the config cannot be, on so many devices.
@@ -33,19 +46,11 @@ def abstract_job(config: Config, devices: Sequence[Any]) -> Job:
     place, teacher_place = places(config, devices)
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
-    student, teacher = models(config, place, teacher_place, unread)
+    student, teacher = models(config, place, teacher_place, opened)
     check_context(config, place, {"student": student})
     check_context(config, teacher_place, {"teacher": teacher})
     nothing, made = cast(Any, None), recipe(config, place, student, teacher, apart=teacher_place is not place)
     return Job(config, place, teacher_place, student, teacher, nothing, nothing, made)
-
-
-def unread(source: str) -> ModelFile:
-    """Return a model whose architecture is known, its tensors being shapes; opened on disk only if it is not."""
-    known = known_architecture(source)
-    if known is None:
-        return open_model(source)
-    return ModelFile(known, _lazy(known), source, None)
 
 
 def _lazy(config: ModelConfig) -> dict[str, Any]:
