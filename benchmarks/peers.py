@@ -123,10 +123,21 @@ class Running:
         Raises:
             NotRunning: it ended.
         """
+        self.told.append(self._ask("step"))
+
+    def save(self, directory: Path) -> None:
+        """Let it write its student into a directory.
+
+        Raises:
+            NotRunning: it ended.
+        """
+        self._ask(f"save {directory}")
+
+    def _ask(self, what: str) -> dict[str, Any]:
         with suppress(BrokenPipeError):
-            self.process.stdin.write("step\n")
+            self.process.stdin.write(f"{what}\n")
             self.process.stdin.flush()
-        self.told.append(self._read())
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
@@ -160,12 +171,11 @@ def shape() -> Config:
     return replace(config, teacher=of(config.teacher), student=of(config.student))
 
 
-def write_problem(config: Config, home: Path) -> None:
-    """Write what every engine is given: two models of random weights, and a batch of random tokens."""
-    for n, (name, spec) in enumerate(_specs(config).items()):
-        params = jax.jit(Model(spec.architecture).init)(jax.random.key(n))
-        export(spec.architecture, params, home / name, None)
-    np.save(home / "tokens.npy", step.random_batch(config, 1).student.tokens_BT)
+def write_problem(config: Config, home: Path, batches_NBT: np.ndarray, params: Mapping[str, Any]) -> None:
+    """Write what every engine is given: teacher and student, and the tokens of the batches."""
+    for name, spec in _specs(config).items():
+        export(spec.architecture, params[name], home / name, None)
+    np.save(home / "tokens.npy", batches_NBT)
     told = {"dtype": config.student.dtype, "learning_rate": config.optim.learning_rate, "b2": config.optim.b2}
     (home / "problem.json").write_text(json.dumps(told), "utf-8")
 
@@ -198,7 +208,9 @@ def measure(config: Config, names: Sequence[str], pythons: Mapping[str, str], ro
     product, operations = step.product(config.student.dtype)
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        write_problem(config, home)
+        specs = enumerate(_specs(config).items())
+        params = {name: jax.jit(Model(spec.architecture).init)(jax.random.key(n)) for n, (name, spec) in specs}
+        write_problem(config, home, step.random_batch(config, 1).student.tokens_BT[None], params)
         engines = started(names, pythons, home)
         if not engines:
             raise UserError(f"none of {', '.join(names)} runs here")

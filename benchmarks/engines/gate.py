@@ -1,12 +1,16 @@
-"""The gate between an engine's process and the one that measures: a line in asks for a step, a line out tells of it."""
+"""The gate between an engine's process and the one that measures: a line in asks for something, a line out tells of it.
+
+`step` asks for a step, `save DIR` for the student in Hugging Face's layout.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +23,21 @@ class Problem(NamedTuple):
 
     Attributes:
         home: the directory with `teacher` and `student`.
-        tokens_BT: one batch, which every step has.
+        batches_NBT: tokens of one batch after the other; after the last comes the first again.
         dtype: of the computation.
         learning_rate: of AdamW, constant.
         b2: of AdamW; b1 is 0.9, eps 1e-8, and there is no weight decay.
     """
 
     home: Path
-    tokens_BT: np.ndarray
+    batches_NBT: np.ndarray
     dtype: str
     learning_rate: float
     b2: float
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of each step, without end."""
+        return itertools.cycle(self.batches_NBT)
 
 
 def problem() -> Problem:
@@ -43,7 +51,12 @@ class Gate:
     """Lets a training loop take its steps one by one, and times each.
 
     What else the process prints goes to stderr. Where nobody asks any more, the process ends.
+
+    Attributes:
+        save: writes the student into a directory.
     """
+
+    save: Callable[[str], Any]
 
     def __init__(self, *packages: str) -> None:
         """Take the packages whose versions are told before the first step."""
@@ -57,10 +70,16 @@ class Gate:
         self._next |= facts
         if self._began is not None:
             self._next["seconds"] = time.perf_counter() - self._began
-        print(json.dumps(self._next), file=self._out, flush=True)
-        if not sys.stdin.readline():
-            os._exit(0)
+        self._tell(self._next)
+        while (asked := sys.stdin.readline().rstrip("\n")) != "step":
+            if not asked:
+                os._exit(0)
+            self.save(directory := asked.removeprefix("save "))
+            self._tell({"saved": directory})
         self._next, self._began = {}, time.perf_counter()
+
+    def _tell(self, said: dict[str, Any]) -> None:
+        print(json.dumps(said), file=self._out, flush=True)
 
 
 def cuda_peak(torch: Any) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from benchmarks.step import Training, batch_of
 from kdjax.config import Config
 from kdjax.data import DataConfig
 from kdjax.losses import ObjectiveConfig
-from kdjax.models import ModelSpec
+from kdjax.models import ModelSpec, export
 from kdjax.optim import OptimConfig
 from kdjax.plan.abstract import abstract_job
 
@@ -29,16 +31,19 @@ def main() -> None:
         teacher=teacher,
         student=student,
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0),
-        data=DataConfig(tokenizer="bytes", sequence_length=asked.tokens_BT.shape[1]),
+        data=DataConfig(tokenizer="bytes", sequence_length=asked.batches_NBT.shape[2]),
         optim=OptimConfig(learning_rate=asked.learning_rate, schedule="constant", b2=asked.b2, clip_norm=0.0),
-        batch_size=len(asked.tokens_BT),
+        batch_size=asked.batches_NBT.shape[1],
     )
     nothing: Any = SimpleNamespace(shared=())
     job = replace(abstract_job(config, jax.devices()), data=nothing)
-    made = Training(job, job.frozen(), batch_of(asked.tokens_BT, 1), job.start())
+    batches = map(partial(batch_of, documents=1), asked.batches())
+    made = Training(job, job.frozen(), next(batches), job.start())
+    door.save = lambda directory: export(job.student.model.config, made.state.params["student"], Path(directory), None)
     door.turn()
     while True:
         metrics = made.step()
+        made.batch = next(batches)
         door.turn(loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]), **gate.jax_peak(jax))
 
 

@@ -38,19 +38,20 @@ def main() -> None:
         student.parameters(), lr=asked.learning_rate, betas=(0.9, asked.b2), eps=1e-8, weight_decay=0.0, foreach=True
     )
     loss_of = PEERS[name].make(0.0, 0.0)
-    tokens_BT = torch.tensor(asked.tokens_BT, dtype=torch.long, device=device)
+    batches = (torch.tensor(tokens_BT, dtype=torch.long, device=device) for tokens_BT in asked.batches())
     half = {"device_type": device, "dtype": torch.bfloat16, "enabled": asked.dtype == "bfloat16"}
 
-    def hidden_ND(model: Any) -> Any:
+    def hidden_ND(model: Any, tokens_BT: Any) -> Any:
         hidden_BTD = model.model(tokens_BT).last_hidden_state[:, :-1]
         return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
 
     def step() -> tuple[float, float]:
+        tokens_BT = next(batches)
         with torch.autocast(**half):
             with torch.no_grad():
-                teacher_ND = hidden_ND(teacher)
+                teacher_ND = hidden_ND(teacher, tokens_BT)
             heads = [each.get_output_embeddings().weight for each in (student, teacher)]
-            student_ND = hidden_ND(student)
+            student_ND = hidden_ND(student, tokens_BT)
             loss = loss_of(student_ND, heads[0], teacher_ND, heads[1], tokens_BT[:, 1:].reshape(-1))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))
@@ -58,6 +59,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm)  # waits for the device
 
+    door.save = student.save_pretrained
     door.turn()
     while True:
         loss, norm = step()

@@ -19,7 +19,7 @@ def main() -> None:
     tokenizers, datasets = import_module("tokenizers"), import_module("datasets")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, "<pad>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-    rows, half = len(asked.tokens_BT), asked.dtype == "bfloat16"
+    rows, half = asked.batches_NBT.shape[1], asked.dtype == "bfloat16"
     arguments = gkd.GKDConfig(
         output_dir=str(asked.home / "trl"),
         per_device_train_batch_size=rows,
@@ -39,11 +39,15 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    tokens_BT = torch.tensor(asked.tokens_BT, dtype=torch.long)
-    labels_BT = tokens_BT.clone()
-    labels_BT[:, 0] = -100
-    batch = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT), "labels": labels_BT}
-    batch |= {"prompts": tokens_BT[:, :1], "prompt_attention_mask": torch.ones_like(tokens_BT[:, :1])}
+    batches = asked.batches()
+
+    def collate(_: Any) -> dict[str, Any]:
+        tokens_BT = torch.tensor(next(batches), dtype=torch.long)
+        labels_BT = tokens_BT.clone()
+        labels_BT[:, 0] = -100  # it has no token before it that could say it
+        batch = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT), "labels": labels_BT}
+        return batch | {"prompts": tokens_BT[:, :1], "prompt_attention_mask": torch.ones_like(tokens_BT[:, :1])}
+
     facts: dict[str, Any] = {}
 
     class Turns(transformers.TrainerCallback):
@@ -62,11 +66,12 @@ def main() -> None:
         student,
         teacher,
         arguments,
-        data_collator=lambda _: dict(batch),
+        data_collator=collate,
         train_dataset=datasets.Dataset.from_dict({"messages": [""] * rows}),
         processing_class=tokenizer,
         callbacks=[Turns()],
     )
+    door.save = student.save_pretrained
     trainer.train()
 
 

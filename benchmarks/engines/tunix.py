@@ -87,11 +87,11 @@ def main() -> None:
     trainer.metrics_logger = metrics = Metrics()
 
     def batches() -> Any:
-        while True:
+        for tokens_BT in asked.batches():
             jax.block_until_ready(jax.live_arrays())
             facts = {name: metrics.said[name] for name in ("loss", "grad_norm") if name in metrics.said}
             door.turn(**facts, **gate.jax_peak(jax))
-            yield trainers.TrainingInput(input_tokens=asked.tokens_BT, input_mask=asked.tokens_BT >= 0)
+            yield trainers.TrainingInput(input_tokens=tokens_BT, input_mask=tokens_BT >= 0)
 
     trainer.train(batches())
 
