@@ -73,7 +73,7 @@ def log_partition(teacher: Named, microbatches: int) -> Callable[[Any, Batch], d
 
     def of(frozen: Any, batch: Batch) -> dict[str, Any]:
         head = teacher.model.head(frozen["teacher"])
-        hidden_BRD = speak(frozen, batch)["hidden_BRD"]
+        hidden_BRD = speak(frozen, batch)["said"]["hidden"]
         return {"log_z_BR": lax.map(lambda x_RD: jax.nn.logsumexp(head_logits(x_RD, head), axis=-1), hidden_BRD)}
 
     return of

@@ -22,6 +22,30 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_label(command: argparse.ArgumentParser) -> None:
+    """Add a config and where its cache is written; further flags are the config's own."""
+    command.usage = f"{command.prog} CONFIG OUT [--label.kind KIND] [--FIELD VALUE ...]"
+    command.epilog = f"`{command.prog} CONFIG --help` lists the fields of the config with their values."
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a recipe (configs/NAME.py), a saved config.json, or a run directory",
+    )
+    command.add_argument("out", metavar="OUT", nargs="?", type=Path, help="the cache's own directory")
+    command.set_defaults(run_dir=None)
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
+    """Add what is looked at, and how closely."""
+    command.add_argument("action", choices=("inspect",), metavar="inspect")
+    command.add_argument("directory", type=Path, metavar="DIR", help="that `kdjax label` has written")
+    command.add_argument(
+        "--verify", type=int, default=0, metavar="N", help="ask the teacher about the first N batches anew, and compare"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
 def add_launch(command: argparse.ArgumentParser) -> None:
     """Add how a process finds the others of its job; no part of the config, since it differs between them."""
     add = command.add_argument_group("several processes", "start each with one of two:").add_argument

@@ -16,6 +16,7 @@ from kdjax import data, optim
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.job import Job
+from kdjax.labelled import opened
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
 from kdjax.models import Model
@@ -51,6 +52,12 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     if config.prompt and config.data.has_views:
         data.encode_prompt(config.prompt, config.data, tokenizer, config.student.gist)
     process_index, process_count = place.reading
+    if config.cache:
+        cache = opened(config, tokenizer, teacher)
+        own = {"batch_size": config.batch_size, "process_index": process_index, "process_count": process_count}
+        loader = data.cached(cache, config.data.seed, **own)
+        made = recipe(config, place, student, teacher, brings=cache.manifest["kept"]["train"]["temperature"])
+        return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made)
     loader = data.build(
         replace(text or config.data, task=task, share_prefix=_shares(config, teacher)),
         tokenizer,
@@ -63,7 +70,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         gist=config.student.gist,
     )
     _check_length(config, student, teacher, len(loader.shared))
-    made = recipe(config, place, student, teacher, apart=teacher_place is not place)
+    made = recipe(config, place, student, teacher, brings=None if teacher_place is place else 1.0)
     return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made)
 
 
@@ -146,8 +153,10 @@ def check_context(config: Config, place: Placement, models: dict[str, Named | No
     place.check_context(lengths, {who: named.model.config.heads for who, named in models.items() if named is not None})
 
 
-def recipe(config: Config, place: Placement, student: Named, teacher: Named | None, apart: bool = False) -> Recipe:
-    """Return what the step is made of; with a teacher `apart` batches bring what it says."""
+def recipe(
+    config: Config, place: Placement, student: Named, teacher: Named | None, brings: float | None = None
+) -> Recipe:
+    """Return what the step is made of; where batches bring what a teacher says, at the temperature it was taken at."""
     objective, widths = _with_features(config.objective, student, teacher)
     params = jax.eval_shape(
         lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
@@ -158,7 +167,7 @@ def recipe(config: Config, place: Placement, student: Named, teacher: Named | No
         model=student.model,
         objective=objective,
         optimizer=optim.optimizer(config.optim, config.steps, params),
-        signal_of=(brought(teacher.model) if apart and teacher else live) or no_teacher,
+        signal_of=(live if brings is None or teacher is None else brought(teacher.model, brings)) or no_teacher,
         steps=config.steps,
         microbatches=config.microbatches,
         seed=config.seed,

@@ -27,6 +27,7 @@ from kdjax.models.config import ModelSpec
 from kdjax.optim import OptimConfig
 from kdjax.sampling import AnswersConfig
 from kdjax.sharding import MeshConfig, TeacherMeshConfig
+from kdjax.teacher import LabelConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -58,6 +59,9 @@ class Config:
     average of what the student has been, or by what the student is now. Measured is always against the first."""
     average_decay: float = 0.99
     """Share of the moving average that a step keeps."""
+    cache: str = ""
+    """A directory that `kdjax label` has written: what the teacher says is read from there, and it is not run."""
+    label: LabelConfig = LabelConfig()
     data: DataConfig = DataConfig()
     prompt_file: str = ""
     """A text that is distilled as a prompt: the teacher has it as the system's turn, the student does not see it. Takes
@@ -111,6 +115,8 @@ class Config:
                 "teacher_mesh.devices gives the teacher a mesh of its own, but the config has no teacher, or one that "
                 "follows the student; set it to 0"
             )
+        if self.cache and (why := self._why_no_cache()):
+            raise UserError(f"cache is {self.cache!r}, but {why}; leave one of both out")
         if self.answers.by == "teacher" and self.teacher is None:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
@@ -133,6 +139,17 @@ class Config:
                 "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
                 "trained; set the student's"
             )
+
+    def _why_no_cache(self) -> str:
+        """Return why what a teacher says cannot come from a cache; empty where it can."""
+        reasons = {
+            "the config has no teacher whose cache it could be": self.teacher is None,
+            "teacher_follows makes the teacher another one at every step": self.teacher_follows != "nothing",
+            "answers.student_share has the teacher read what the student says": self.answers.student_share > 0,
+            "teacher_mesh.devices is for a teacher that is run": bool(self.teacher_mesh.devices),
+            "objective.features compares inner layers, of which it has none": bool(self.objective.features),
+        }
+        return next((why for why, holds in reasons.items() if holds), "")
 
 
 C = TypeVar("C", bound="DataclassInstance")

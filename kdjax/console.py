@@ -334,3 +334,38 @@ def _interval(found: Mapping[str, Any] | None, sign: str = "") -> str:
         return MISSING
     sign = sign if found["score"] > 0 else ""
     return f"{sign}{amount(found['score'])} ({amount(found['low'])} to {amount(found['high'])})"
+
+
+KEPT = {
+    "topk": "the {picks} likeliest entries of a token at temperature {temperature:g}, log-probabilities in {bits} bits",
+    "sampled": "{picks} draws a token at temperature {temperature:g}, log-probabilities in {bits} bits",
+    "hidden": "the last hidden state, {bits} bits a number",
+}
+"""Kind of a cache -> what is kept."""
+
+
+def cache_table(found: Mapping[str, Any]) -> RenderableType:
+    """Return what a cache holds, a line each, and what is wrong with it."""
+    kept = found["kept"]["train"]
+    size, each = found["bytes"] / 1e6, found["bytes_per_token"]
+    broken = ", ".join(found["damaged"])
+    lines = {
+        "teacher": f"{found['settings']['teacher']}, computed in {found['settings']['teacher_dtype']}",
+        "kept": KEPT[kept["kind"]].format(**kept),
+        "rows": f"{count(found['rows'])} of training, {count(found['held_out_rows'])} held out",
+        "tokens": f"{count(found['tokens'])} that are compared, {percent(found['fill'])} of the places",
+        "on disk": f"{size:,.1f} MB in {found['files']} files, {each:.1f} bytes a token",
+        "largest error": f"{found['largest_error']:.2g} of what was said",
+        "whole": f"no: {broken}; run `kdjax label` again, which writes them anew"
+        if broken
+        else "yes, by its checksums",
+    }
+    if "verified_rows" in found:
+        worst, rows = found["largest_difference"], count(found["verified_rows"])
+        lines["asked anew"] = f"{rows} rows; the teacher's says differ by {worst:.2g} at most"
+    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column(style="dim", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, text in lines.items():
+        shown.add_row(Text(name), Text(visible(text)))
+    return shown

@@ -52,6 +52,11 @@ class Job:
         return self.teacher is not None and self.teacher_place is not self.place
 
     @property
+    def runs_teacher(self) -> bool:
+        """Whether there is a teacher that is run: not where a cache has what it says."""
+        return self.teacher is not None and not self.config.cache
+
+    @property
     def devices(self) -> list[Any]:
         """All devices, those of the teacher too."""
         return list(dict.fromkeys([*self.place.mesh.devices.flat, *self.teacher_place.mesh.devices.flat]))
@@ -60,18 +65,21 @@ class Job:
         """Return the trees that are used but not trained, in their compute dtype: the teacher, the student's base."""
         frozen = self.frozen_teacher()
         if not self.student.is_whole:
-            is_teacher = self.teacher is not None and self.student.shares(self.teacher) and not self.apart
+            teacher = self.teacher if self.runs_teacher and not self.apart else None
+            is_teacher = teacher is not None and self.student.shares(teacher)
             frozen["student"] = self.student.base(self.place, frozen["teacher"] if is_teacher else None)
         return frozen
 
     def frozen_teacher(self) -> dict[str, Any]:
         """Return the frozen trees but the student's: the teacher, and what all its views begin with if it is shared.
 
-        Of a teacher apart also what its head is made of, where the student lies.
+        Of a teacher apart also what its head is made of, where the student lies; of one in a cache that alone.
         """
         if self.teacher is None:
             return {}
         key, dtype = self.keys[1], self.teacher.model.dtype
+        if not self.runs_teacher:
+            return {"teacher_head": self.teacher.params(self.place, key, dtype, self.teacher.model.head_part)}
         frozen = {"teacher": (params := self.teacher.params(self.teacher_place, key, dtype))}
         if self.data.shared:
             frozen["teacher_prefix"] = self.teacher.prefix(self.teacher_place, params, self.data.shared)

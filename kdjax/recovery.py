@@ -41,12 +41,15 @@ BATCH = 8
 def recovery(job: Job, params: Any, frozen: Any) -> Figures:
     """Return what summary.json says of a prompt's recovery; nothing where the teacher has no prompt of its own.
 
-    Measured on the held-out answers, and on answers that the student gives to the same prompts itself. With a gist also
-    `swapped`: behind the gist of another prompt, where what is recovered is of the kind of text and not of the prompt;
-    and `by_gist`, the difference of the two with its paired interval.
+    Nor where a cache has what the teacher says: then nobody can be asked. Measured on the held-out answers, and on
+    answers that the student gives to the same prompts itself. With a gist also `swapped`: behind the gist of another
+    prompt, where what is recovered is of the kind of text and not of the prompt; and `by_gist`, the difference of the
+    two with its paired interval.
     """
-    teacher, held = job.teacher, data.examples_of(job.data.held_out)
-    if teacher is None or not (job.config.data.teacher_view and held):
+    teacher = job.teacher
+    if teacher is None or not job.runs_teacher or not job.config.data.teacher_view:
+        return {}
+    if not (held := data.examples_of(job.data.held_out)):
         return {}
     student = student_params(job.recipe, params, frozen)
     plain, distilled = (teacher.model, frozen["teacher"]), (job.student.model, student)

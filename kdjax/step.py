@@ -15,7 +15,7 @@ from kdjax.errors import UserError
 from kdjax.losses import FEATURES, Feature, ObjectiveConfig, Shard, fused_kd_loss, one_device
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
 from kdjax.models import Model, lora
-from kdjax.shapes import Array, Batch, Signal, in_parts
+from kdjax.shapes import AnySignal, Array, Batch, Signal, in_parts
 from kdjax.teacher import SignalOf, pick_rows
 
 
@@ -137,7 +137,7 @@ def _loss_of(
     params: Any,
     student: Any,
     output: Any,
-    signal: Signal | None,
+    signal: AnySignal | None,
     batch: Batch,
     progress: Array | float,
     token_weight: Array | float,

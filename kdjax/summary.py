@@ -34,7 +34,7 @@ QUANTIZED = (
 
 def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     """Return what is known before the first step, with how each model continues the prompt then."""
-    said = {} if job.teacher is None else _of_teacher_said(job, job.teacher.model, frozen["teacher"])
+    said = _of_teacher_said(job, job.teacher.model, frozen["teacher"]) if job.teacher and job.runs_teacher else {}
     if not job.config.data.teacher_view:
         said["student before"] = _continued(job, job.student.model, student_params(job.recipe, params, frozen))
     return _facts(job, params, frozen, looks) | {"continuations": {who: text for who, text in said.items() if text}}
@@ -53,7 +53,9 @@ def quantizing(job: Job, frozen: Any) -> Summary:
     Nothing where it is not quantised or gives no logits. The whole teacher is in memory beside it meanwhile.
     """
     teacher, place, batches = job.teacher, job.teacher_place, job.data.evaluation(job.config.batch_size)
-    if teacher is None or teacher.spec.quantize == "none" or not (job.config.objective.logits and batches):
+    if teacher is None or not job.runs_teacher or teacher.spec.quantize == "none":
+        return {}
+    if not (job.config.objective.logits and batches):
         return {}
     whole = replace(teacher, spec=replace(teacher.spec, quantize="none"))
     kept: dict[str, Any] = {"teacher": whole.params(place, job.keys[1], whole.model.dtype)}
@@ -95,7 +97,7 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
         "tokens_per_second_student": forward_speed(job.student.model, student, view),
         "notes": config.notes,
     }
-    if job.teacher is not None:
+    if job.teacher is not None and job.runs_teacher:
         figures["tokens_per_second_teacher"] = forward_speed(job.teacher.model, frozen["teacher"], view)
     return figures
 
@@ -128,7 +130,7 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     if job.teacher is not None:
         of_teacher = jax.eval_shape(job.teacher.model.init, job.keys[1])
         facts |= {"teacher": job.teacher.name, "parameters_teacher": parameter_count(of_teacher)}
-        facts |= {"bytes_teacher": byte_count(frozen["teacher"])}
+        facts |= {"bytes_teacher": byte_count(frozen["teacher"])} if job.runs_teacher else {}
     return facts | named_figures(looks.get(0, {}), "before")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kdjax.errors import UserError
+from kdjax.losses import of_head, sample, top_k
 from kdjax.models import Model
-from kdjax.shapes import Array, Batch, Signal, in_parts
+from kdjax.shapes import AnySignal, Array, Batch, Sampled, Signal, TopK, in_parts
 
-SignalOf = Callable[[Any, Batch], Signal | None]
+SignalOf = Callable[[Any, Batch], AnySignal | None]
 """``signal_of(frozen, microbatch)``: called inside the microbatch loop."""
 
 
@@ -50,22 +54,123 @@ def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = No
     return signal_of
 
 
-def speaking(
-    model: Model, layers: Mapping[str, tuple[int, ...]], microbatches: int
-) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Return what a teacher on devices of its own runs there: ``speak(frozen, batch)``, of a whole batch.
+Said = dict[str, Array]
+"""What a teacher says of some rows, by name: [N, …], or [B, R, …] where a batch brings it."""
 
-    It gives what `brought` makes a signal of: hidden states at the compared rows, `hidden_BRD`, and each tap that is
-    asked for, by name, [B, layers asked for, T, …].
+
+PICKS = {"topk": 64, "sampled": 12}
+"""How many entries are kept of a token unless a config says otherwise."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """What `kdjax label` keeps of what the teacher says, and how."""
+
+    kind: Literal["topk", "sampled", "hidden"] = "topk"
+    """topk: the likeliest entries, and the mass of the others; sampled: entries drawn at random, unbiased for forward
+    KL and soft cross entropy (arXiv:2503.16870); hidden: the last hidden state, of which the whole distribution can be
+    had at any temperature."""
+    picks: int = 0
+    """topk: entries of a token; sampled: draws; 0 is 64 and 12."""
+    bits: Literal[8, 16] = 16
+    """Of each log-probability, in equal steps from a token's lowest to its highest; of each number of a hidden state:
+    16 is bfloat16, 8 is int8 with a scale a token."""
+    batches: int = 0
+    """How many batches are labelled, those that training would read first; 0 is as many as there are steps."""
+    shard_rows: int = 1024
+    """Rows of a file, of each process."""
+    seed: int = 0
+    """Of draws."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"picks": 0, "batches": 0, "shard_rows": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"label.{name} is {getattr(self, name)}; wanted at least {least}")
+        if self.kind == "sampled" and self.picks > 255:
+            raise UserError(f"label.picks is {self.picks}; wanted at most 255 draws")
+
+    @property
+    def entries(self) -> int:
+        """Entries that are kept of a token; 0 of a hidden state."""
+        return self.picks or PICKS.get(self.kind, 0)
+
+
+@dataclass(frozen=True)
+class Saying:
+    """What is kept of what a teacher says at a row.
+
+    Attributes:
+        kind: a row of `SAYINGS`.
+        picks: entries of a top-k, or draws.
+        temperature: of what is kept of logits.
+        seed: of draws.
+        tokens: whose logits exist at one time.
+    """
+
+    kind: str = "hidden"
+    picks: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    tokens: int = 256
+
+
+def _hidden(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
+    return {"hidden": signal.hidden_ND}
+
+
+def _top_k(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
+    def read(log_probs_CV: Array, log_z_C: Array, rows_C: Array) -> Said:
+        best = top_k(log_probs_CV, saying.picks)
+        return {"ids": best.ids_NP, "log_probs": best.log_probs_NP, "log_tail": best.log_tail_N, "log_z": log_z_C}
+
+    return of_head(signal.hidden_ND, signal.head, saying.temperature, read, saying.tokens)
+
+
+def _sampled(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
+    keys_N = jnp.zeros(len(signal.hidden_ND), jnp.uint32) if row_keys_N is None else row_keys_N
+
+    def read(log_probs_CV: Array, log_z_C: Array, rows_C: Array) -> Said:
+        keys_C = jax.vmap(partial(jax.random.fold_in, jax.random.key(saying.seed)))(keys_N[rows_C])
+        drawn = sample(keys_C, log_probs_CV, saying.picks)
+        return {"ids": drawn.ids_NP, "log_probs": drawn.log_probs_NP}
+
+    return of_head(signal.hidden_ND, signal.head, saying.temperature, read, saying.tokens)
+
+
+SAYINGS: dict[str, Callable[[Saying, Signal, Array | None], Said]] = {
+    "hidden": _hidden,
+    "topk": _top_k,
+    "sampled": _sampled,
+}
+"""Name -> what is kept of a signal, N rows of it; the last argument is a number of its own for each row."""
+
+
+def speaking(
+    model: Model,
+    layers: Mapping[str, tuple[int, ...]],
+    microbatches: int,
+    saying: Saying = Saying(),  # noqa: B008 (a constant)
+) -> Callable[[Any, Batch], dict[str, Any]]:
+    """Return what a teacher that is not run in the step runs: ``speak(frozen, batch)``, of a whole batch.
+
+    It gives what `brought` makes a signal of: `said` at the compared rows, [B, R, …] by name, and `taps`, the tensors
+    of inner layers that are asked for, [B, layers asked for, T, …] by name. Draws go by the number of each of the
+    batch's rows in the whole of the data, `batch.signal["row_B"]`.
     """
     signal_of = live_teacher(model, layers)
 
-    def of_some(frozen: Any, batch: Batch) -> dict[str, Array]:
+    def of_some(frozen: Any, batch: Batch) -> dict[str, Any]:
         signal: Any = signal_of(frozen, batch)
-        hidden_BRD = signal.hidden_ND.reshape(*batch.student_rows_BR.shape, -1)
-        return {"hidden_BRD": hidden_BRD} | {name: jnp.swapaxes(tap, 0, 1) for name, tap in signal.taps.items()}
+        b, r = batch.student_rows_BR.shape
+        numbers_N = None
+        if batch.signal is not None:
+            first_B1 = batch.signal["row_B"].astype(jnp.uint32)[:, None] * r
+            numbers_N = (first_B1 + jnp.arange(r, dtype=jnp.uint32)[None]).ravel()
+        said = SAYINGS[saying.kind](saying, signal, numbers_N)
+        said = {name: x.reshape(b, r, *x.shape[1:]) for name, x in said.items()}
+        return {"said": said, "taps": {name: jnp.swapaxes(tap, 0, 1) for name, tap in signal.taps.items()}}
 
-    def speak(frozen: Any, batch: Batch) -> dict[str, Array]:
+    def speak(frozen: Any, batch: Batch) -> dict[str, Any]:
         parts = jax.tree.map(lambda x: in_parts(x, microbatches), batch)
         with jax.named_scope("teacher"):
             said = lax.map(lambda some: of_some(frozen, some), parts)
@@ -74,17 +179,23 @@ def speaking(
     return speak
 
 
-def brought(model: Model) -> SignalOf:
-    """Return the signal that a batch brings along, said by `speaking`; of the teacher only its head is wanted here.
+def brought(model: Model, temperature: float = 1.0) -> SignalOf:
+    """Return the signal that a batch brings along, said by `speaking`; of the teacher at most its head is wanted here.
 
     What the head is made of is ``frozen["teacher_head"]`` (`Model.head_part`).
+
+    Args:
+        model: the teacher.
+        temperature: that a top-k or draws were taken at.
     """
 
-    def signal_of(frozen: Any, batch: Batch) -> Signal:
-        said = dict(batch.signal)
-        hidden_BRD = said.pop("hidden_BRD")
-        taps = {name: jnp.swapaxes(tap, 0, 1) for name, tap in said.items()}
-        head = model.head(lax.stop_gradient(frozen["teacher_head"]))
-        return Signal(hidden_BRD.reshape(-1, hidden_BRD.shape[-1]), head, taps)
+    def signal_of(frozen: Any, batch: Batch) -> AnySignal:
+        said = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.signal["said"].items()}
+        if "weights" in said:
+            return Sampled(said["ids"], said["weights"], said["log_probs"], temperature)
+        if "ids" in said:
+            return TopK(said["ids"], said["log_probs"], said["log_tail"], temperature)
+        taps = {name: jnp.swapaxes(tap, 0, 1) for name, tap in batch.signal["taps"].items()}
+        return Signal(said["hidden"], model.head(lax.stop_gradient(frozen["teacher_head"])), taps)
 
     return signal_of

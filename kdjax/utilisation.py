@@ -30,8 +30,8 @@ def peak(device_kind: str, dtype: str) -> float:
 
 
 def flops_of(job: Job) -> Flops:
-    """Return the FLOPs of a job's step."""
-    teacher = None if job.teacher is None else job.teacher.model.config
+    """Return the FLOPs of a job's step; a teacher whose says come from a cache has none."""
+    teacher = job.teacher.model.config if job.teacher and job.runs_teacher else None
     return step_flops(job.config, job.student.model.config, teacher)
 
 

@@ -93,7 +93,7 @@ def test_of_the_teacher_only_its_head_and_hidden_states_come_to_the_student(conf
     assert all(leaf.devices() == students for leaf in jax.tree.leaves(frozen["teacher_head"]))
     given, placed = job.given(frozen, batch)
     assert set(given) == {"teacher_head"} and byte_count(given) < byte_count(frozen["teacher"])
-    said = placed.signal["hidden_BRD"]
+    said = placed.signal["said"]["hidden"]
     assert said.shape == (*batch.student_rows_BR.shape, 16) and said.devices() == students
     step, speak = (each.compile().as_text() for each in job.lowered(job.abstract_state, frozen, placed))
     logits = re.compile(r"\[(?:\d+,)*(?:264|132)\]")  # over the vocabulary, or a device's half of it

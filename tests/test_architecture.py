@@ -12,11 +12,11 @@ LINES = 400
 
 # Top to bottom: an import goes down or stays on its floor, never up or in a circle. A package is one row entry.
 FLOORS = (
-    ("the door", {"cli", "__main__", "arguments"}),
+    ("the door", {"cli", "__main__", "arguments", "commands"}),
     (
         "jobs",
         {"train", "build", "job", "named", "jobs", "student", "summary", "answers", "recovery", "on_policy"}
-        | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation"},
+        | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation", "label", "labelled"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
     ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),

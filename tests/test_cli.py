@@ -229,7 +229,7 @@ def test_prompts_with_answers_are_distilled_too(here, pretrained, cli):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "which command. train, answers, evaluate"),
+        ([], "which command. train, answers, label, cache, evaluate"),
         (["evalate"], "unknown command 'evalate'; did you mean 'evaluate'"),
         (["--bogus"], "required: COMMAND"),
         (["train"], "which config. A recipe; or a config.json"),

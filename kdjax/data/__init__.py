@@ -1,5 +1,6 @@
 """Data: sources of real text, a held-out split, tokens and weights, packing, and a stream of batches that resumes."""
 
+from kdjax.data.cache import Cache, cached, open_cache
 from kdjax.data.config import DataConfig
 from kdjax.data.packing import Asked, examples_of, in_rows, reanswered, rows_of
 from kdjax.data.pipeline import Data, build, merge_states
@@ -11,11 +12,13 @@ from kdjax.data.vocabulary import trim_tokenizer
 __all__ = [
     "SCRATCHPAD",
     "Asked",
+    "Cache",
     "Data",
     "DataConfig",
     "Question",
     "Tokenizer",
     "build",
+    "cached",
     "check_fits",
     "check_text",
     "encode_prompt",
@@ -23,6 +26,7 @@ __all__ = [
     "in_rows",
     "load_tokenizer",
     "merge_states",
+    "open_cache",
     "questions",
     "reanswered",
     "rows_of",

@@ -19,7 +19,10 @@ from kdjax.shapes import Batch, View
 
 Row = Mapping[str, np.ndarray]
 """`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length;
-maybe `targets`; and the first three of an encoder's `inputs`, all four of a teacher's own view, `teacher_tokens`."""
+maybe `targets`; and the first three of an encoder's `inputs`, all four of a teacher's own view, `teacher_tokens`. Out
+of a cache also what the teacher said at each compared position, in their order, under names that begin with `SAID`."""
+
+SAID = "said."
 
 _BINS = 16
 """Rows that first-fit fills at a time: more waste less, and read further ahead."""
@@ -83,6 +86,9 @@ def to_batch(rows: Sequence[Row]) -> Batch:
         ce_weight_BR=weight_BR,
         kd_weight_BR=weight_BR,
     )
+    if said := [name for name in rows[0] if name.startswith(SAID)]:
+        brought = {name.removeprefix(SAID): np.stack([row[name] for row in rows]) for name in said}
+        batch = dataclasses.replace(batch, signal={"said": brought, "taps": {}})
     return _with_teacher(batch, rows, counts_BR) if "teacher_tokens" in rows[0] else batch
 
 

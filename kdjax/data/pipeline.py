@@ -91,9 +91,16 @@ class Data:
         Raises:
             UserError: the state is of other data, or lacks shards of this process.
         """
-        step, iterators = self._restored(state)
-        batches = self._batches(step, iterators)
+        batches = ((to_batch(rows), after) for rows, after in self.rows(state))
         return ahead(batches, prefetch) if prefetch else batches
+
+    def rows(self, state: State | None = None) -> Generator[tuple[list[Row], State], None, None]:
+        """Return the same as (rows of a batch, state after it), made on call.
+
+        Raises:
+            UserError: as `train` does.
+        """
+        return self._turns(*self._restored(state))
 
     def evaluation(self, batch_size: int) -> list[Batch]:
         """Return this process's rows of the held-out batches; the last one is filled up with rows of weight 0.
@@ -101,12 +108,19 @@ class Data:
         Raises:
             UserError: the batch size does not split over the processes.
         """
+        return [to_batch(rows) for rows in self.evaluation_rows(batch_size)]
+
+    def evaluation_rows(self, batch_size: int) -> list[list[Row]]:
+        """Return the same as rows, a list a batch.
+
+        Raises:
+            UserError: as `evaluation` does.
+        """
         mine = local_rows(batch_size, self.layout.process_index, self.layout.process_count)
         rows = list(self.held_out)
         if rows:
             rows += [packing.empty_row(rows[0])] * (-len(rows) % batch_size)
-        starts = range(0, len(rows), batch_size)
-        return [to_batch([rows[start + row] for row in mine]) for start in starts]
+        return [[rows[start + row] for row in mine] for start in range(0, len(rows), batch_size)]
 
     def _restored(self, state: State | None) -> tuple[int, dict[int, grain.DatasetIterator]]:
         iterators = {number: iter(self.shard(number)) for number in self.layout.own}
@@ -124,9 +138,9 @@ class Data:
             packing.set_state(iterator, state["shards"][str(number)])
         return state["step"], iterators
 
-    def _batches(
+    def _turns(
         self, step: int, iterators: dict[int, grain.DatasetIterator]
-    ) -> Generator[tuple[Batch, State], None, None]:
+    ) -> Generator[tuple[list[Row], State], None, None]:
         places = {str(number): packing.get_state(iterator) for number, iterator in iterators.items()}
 
         def take(turn: tuple[int, int]) -> tuple[list[Row], dict[str, Any]]:
@@ -138,8 +152,10 @@ class Data:
                 turn = self.layout.turn(done)
                 taken = list(pool.map(take, turn.items()))
                 places = places | {str(number): place for number, (_, place) in zip(turn, taken, strict=True)}
-                batch = to_batch([row for rows, _ in taken for row in rows])
-                yield batch, {"step": done + 1, "data": self.identity, "shards": places}
+                yield (
+                    [row for rows, _ in taken for row in rows],
+                    {"step": done + 1, "data": self.identity, "shards": places},
+                )
 
 
 def build(

@@ -6,7 +6,7 @@ from kdjax.losses.features import FEATURES, Feature
 from kdjax.losses.fused import IMPLEMENTATIONS, Shard, fused_kd_loss, one_device
 from kdjax.losses.logits import head_logits
 from kdjax.losses.objective import ObjectiveConfig, Term
-from kdjax.losses.sparse import sample, top_k
+from kdjax.losses.sparse import of_head, sample, top_k
 
 __all__ = [
     "DIVERGENCES",
@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "fused_kd_loss",
     "head_logits",
+    "of_head",
     "one_device",
     "sample",
     "top_k",

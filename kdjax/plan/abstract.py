@@ -44,12 +44,17 @@ def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str],
         UserError: whatever of the config cannot be, on so many devices.
     """
     place, teacher_place = places(config, devices)
+    if config.cache:
+        raise UserError("cache is set; a plan is of a teacher that is run: leave it out, as --cache ''")
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
     student, teacher = models(config, place, teacher_place, opened)
     check_context(config, place, {"student": student})
     check_context(config, teacher_place, {"teacher": teacher})
-    nothing, made = cast(Any, None), recipe(config, place, student, teacher, apart=teacher_place is not place)
+    nothing, made = (
+        cast(Any, None),
+        recipe(config, place, student, teacher, 1.0 if teacher_place is not place else None),
+    )
     return Job(config, place, teacher_place, student, teacher, nothing, nothing, made)
 
 
