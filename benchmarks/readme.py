@@ -21,6 +21,7 @@ from scipy import stats
 
 from benchmarks import (
     arms,
+    cache,
     checkpoint,
     data,
     effect,
@@ -59,6 +60,7 @@ PROMPTS = ROOT / "docs" / "prompts.md"
 SEARCH = ROOT / "docs" / "search.md"
 EFFECT = ROOT / "docs" / "effect.md"
 CASE_STUDY = ROOT / "docs" / "case-study.md"
+TEACHERS = ROOT / "docs" / "teachers.md"
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
 RESULTS = Path(__file__).parent / "results"
 
@@ -236,6 +238,11 @@ def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results:
     return text
 
 
+TEACHER_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "cache": lambda results: cache.markdown(harness.read(results / "cache.jsonl")),
+}
+"""The same for the page of what a teacher says."""
+
 SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
     "scaling": lambda results: scaling.markdown(harness.read(results / "scaling.jsonl")),
 }
@@ -263,6 +270,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     SEARCH: partial(render_page, SEARCH_BLOCKS),
     EFFECT: partial(render_page, EFFECT_BLOCKS),
     CASE_STUDY: partial(render_page, CASE_STUDY_BLOCKS),
+    TEACHERS: partial(render_page, TEACHER_BLOCKS),
     SCALING: partial(render_page, SCALING_BLOCKS),
     BENCHMARKS: partial(render_page, BENCHMARK_BLOCKS),
 }
