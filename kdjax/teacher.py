@@ -78,7 +78,7 @@ class LabelConfig:
     batches: int = 0
     """How many batches are labelled, those that training would read first; 0 is as many as there are steps."""
     shard_rows: int = 1024
-    """Rows of a file, of each process."""
+    """Rows of a file; of several processes each writes its own part of them."""
     seed: int = 0
     """Of draws."""
 

@@ -1,6 +1,7 @@
 """The house holds: which way imports go, and what stands in one place only. Read over the sources, nothing is run."""
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +66,15 @@ def part_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+@functools.cache
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """Return all nodes of a source; every rule looks at the same ones."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 def imports(text: str, modules: Sources) -> Iterator[str]:
     """Yield each dotted name that is imported, at the top or in a function; relative ones begin with a dot."""
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -140,7 +147,7 @@ def out_of_their_home(modules: Sources) -> Iterator[str]:
 def things(text: str) -> set[str]:
     """Return the names a text uses, with "()" those it calls, and "import x" for the packages it imports."""
     found = {f"import {target.split('.')[0]}" for target in imports(text, {})}
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Call):
             found |= {f"{name}()" for name in names(node.func)}
         found |= names(node)
@@ -158,7 +165,7 @@ def names(node: ast.AST) -> set[str]:
 
 def bare_asserts(modules: Sources) -> Iterator[str]:
     for module, text in modules.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if isinstance(node, ast.Assert):
                 yield f"{module} line {node.lineno}: a bare assert, which python -O drops; raise an error that says how"
 

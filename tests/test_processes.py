@@ -132,6 +132,29 @@ def test_a_job_goes_on_with_any_number_of_processes(home, alone):  # noqa: F811
     assert_same(rows(home / "elastic"), alone)
 
 
+def test_a_cache_of_two_processes_is_read_by_one_and_the_reverse(home, alone):  # noqa: F811
+    """Both give the losses of a run whose teacher is live, but for what bfloat16 rounds off its hidden states."""
+    kept = ("--label.kind", "hidden", "--label.shard-rows", 64, *FLAGS)
+    with ExitStack() as stack:
+        codes, said = ended(start(stack, home, 2, "label", "tiny.py", "of-two", *kept))
+    assert codes == [0, 0], said
+    assert len(list((home / "of-two").glob("train-*-of-002.array_record"))) == 2 * STEPS * 16 // 64
+    for arguments in (("label", "tiny.py", "of-one", *kept), ("train", "tiny.py", "--cache", "of-two", *FLAGS[:2])):
+        got = tiny_run.run(
+            home, *arguments, *(("--run-dir", "read-by-one", *FLAGS[2:]) if "train" in arguments else ())
+        )
+        assert got.returncode == 0, got.stderr
+    with ExitStack() as stack:
+        reads = ("train", "tiny.py", "--cache", "of-one", "--run-dir", "read-by-two", *FLAGS)
+        codes, said = ended(start(stack, home, 2, *reads))
+    assert codes == [0, 0], said
+    for run in ("read-by-one", "read-by-two"):
+        for ours, theirs in zip(rows(home / run), alone, strict=True):
+            assert ours["step"] == theirs["step"]
+            for name in {"loss", "ce", "kd", "eval_kl"} & theirs.keys():
+                assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=1e-5), (run, name)
+
+
 PROCESSES = {
     "data 2": (2, {"data": 2}),
     "context 2": (2, {"data": 1, "context": 2}),
