@@ -6,7 +6,7 @@ The gradient is that of forward KL at temperature 1, of all parameters of the st
 its first step, on one batch of the documentation; its error is the norm of the difference from the live teacher's,
 over the norm of that. Draws are taken anew with each of some seeds: the error of one, and of the mean gradient over
 all, which falls with their number where draws are unbiased. Bytes are those of whole records, tokens included, before
-they are compressed. The rates are the host's, of packing and of reading batches. Rows go to
+they are compressed, and in a shard. The rates are the host's, of packing and of reading batches. Rows go to
 benchmarks/results/cache.jsonl, of which docs/cache.svg is drawn; `python -m benchmarks.readme` makes the table.
 """
 
@@ -142,13 +142,13 @@ class Bench:
             "error_of_mean": self.error(gradients),
             "seeds": len(gradients),
             "packed_tokens_per_second": statistics.median(rates),
-            "read_tokens_per_second": read_rate(self.job, case, self.settings(case), records),
+            **on_disk(self.job, case, self.settings(case), records, tokens),
             "tokens": tokens,
         }
 
 
-def read_rate(job: Job, case: Case, settings: Settings, records: Sequence[bytes]) -> float:
-    """Return the rate at which training's batches come from a cache of such rows."""
+def on_disk(job: Job, case: Case, settings: Settings, records: Sequence[bytes], tokens: int) -> harness.Row:
+    """Return what a shard of many such rows takes a token, and the rate at which training's batches come from it."""
     size = job.config.batch_size
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
@@ -171,14 +171,15 @@ def read_rate(job: Job, case: Case, settings: Settings, records: Sequence[bytes]
         began = time.perf_counter()
         for _ in islice(stream, READ - 8):
             pass
-        return (READ - 8) * size * job.config.data.sequence_length / (time.perf_counter() - began)
+        rate = (READ - 8) * size * job.config.data.sequence_length / (time.perf_counter() - began)
+        return {"disk_bytes_per_token": shard["bytes"] / (READ * tokens), "read_tokens_per_second": rate}
 
 
 def markdown(rows: Sequence[harness.Row]) -> str:
     """Return the table of docs/teachers.md."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.cache` writes the figures that stand here."
-    heads = ["kept of a token", "bytes a token", "error of the gradient", "of the mean over seeds"]
+    heads = ["kept of a token", "bytes a token", "on disk", "error of the gradient", "of the mean over seeds"]
     heads += ["packed (tokens/s)", "read (tokens/s)"]
     lines = [f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
     for row in rows:
@@ -186,6 +187,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         cells = [
             str(Case(row["kind"], row["picks"], row["bits"])),
             f"{row['bytes_per_token']:,.1f}",
+            f"{row['disk_bytes_per_token']:,.1f}",
             percent(row["error"]),
             mean,
             *(amount(row[f"{name}_tokens_per_second"]) for name in ("packed", "read")),

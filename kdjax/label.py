@@ -201,7 +201,7 @@ def _write(job: Job, directory: Path, part: Part, wanted: dict[str, Any], done: 
     held_out = len(job.data.evaluation_rows(job.config.batch_size))
     batches = wanted["batches"] if split == "train" else held_out
     names = [shard_name(split, number, part.index, part.count) for number in range(-(-batches // each))]
-    left = [number for number, name in enumerate(names) if name not in done]
+    left = _left([name not in done for name in names])
     if not left:
         return
     if len(left) < len(names):
@@ -220,6 +220,14 @@ def _write(job: Job, directory: Path, part: Part, wanted: dict[str, Any], done: 
         at, spent = number + 1, time.perf_counter() - began
         eta = duration(spent / (finished + 1) * (len(left) - finished - 1))
         log.info("%s: %d of %d batches, eta %s", split, number * each + len(some), batches, eta)
+
+
+def _left(is_missing: list[bool]) -> list[int]:
+    """Return the numbers of the shards that some process lacks: all run the teacher for these, so that none waits."""
+    missing = np.array(is_missing, bool)
+    if jax.process_count() > 1:
+        missing = np.any(multihost_utils.process_allgather(missing), axis=0)
+    return np.flatnonzero(missing).tolist()
 
 
 def _speaker(job: Job, kept: dict[str, Any]) -> Any:
@@ -269,7 +277,10 @@ def _records(
 
 def _finish(job: Job, directory: Path, wanted: dict[str, Any], part: Part) -> None:
     """Put the parts of all processes together into the manifest."""
-    parts = [json.loads((directory / f"part-{n:03d}.json").read_text("utf-8")) for n in range(part.count)]
+    files = [directory / f"part-{n:03d}.json" for n in range(part.count)]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{directory} lacks {', '.join(absent)}; all processes must write into one shared directory")
+    parts = [json.loads(file.read_text("utf-8")) for file in files]
     shards = sorted((shard for one in parts for shard in one["shards"]), key=lambda shard: shard["name"])
     train = [shard for shard in shards if shard["name"].startswith("train-")]
     tokens, size = (sum(shard[name] for shard in train) for name in ("tokens", "bytes"))

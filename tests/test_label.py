@@ -308,6 +308,14 @@ def test_killed_while_labelling_it_ends_with_the_same_bytes(home, tmp_path):
     assert finished(out) == wanted and len(wanted) > 40
 
 
+def test_what_any_process_lacks_all_run_the_teacher_for(monkeypatch):
+    assert labels._left([True, False, True]) == [0, 2]
+    others = np.array([[False, False, True], [False, True, False]])
+    monkeypatch.setattr(labels.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(labels.multihost_utils, "process_allgather", lambda mine: others)
+    assert labels._left([False, True, False]) == [1, 2]
+
+
 def test_the_teachers_own_view_is_not_kept(written):
     row = open_cache(written["topk"][1]).row("train", 0)
     assert not [name for name in row if name.startswith("teacher_")] and f"{SAID}ids" in row
