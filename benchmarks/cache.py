@@ -82,8 +82,9 @@ CASES = (
 class Bench:
     """A job, one batch of it, and the live teacher's gradient there."""
 
-    def __init__(self, config: Config) -> None:
-        """Build it."""
+    def __init__(self, config: Config, seeds: int = SEEDS) -> None:
+        """Build it; draws are taken with so many seeds."""
+        self.seeds = seeds
         self.job: Any = build(config)
         self.rows = next(self.job.data.rows())[0]
         self.batch = to_batch(self.rows)
@@ -125,7 +126,7 @@ class Bench:
         """Return the figures of a case."""
         gradients, sizes, rates = [], [], []
         tokens = int(np.sum(self.batch.kd_weight_BR != 0))
-        for seed in range(SEEDS if case.kind == "sampled" else 1):
+        for seed in range(self.seeds if case.kind == "sampled" else 1):
             said = self.said(case, seed)
             began = time.perf_counter()
             records = self.records(case, said)
@@ -236,13 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", default=str(RECIPE), metavar="CONFIG")
-    parser.add_argument("--quick", action="store_true", help="three cases; nothing is kept")
+    parser.add_argument("--quick", action="store_true", help="a few cases of configs/smoke.py; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     objective = ObjectiveConfig(alpha=0.0, temperature=1.0)
-    config = replace(configs.override(configs.load(options.recipe), flags, "benchmarks.cache"), objective=objective)
-    environment, bench, rows = harness.environment(), Bench(config), []
+    recipe = str(harness.ROOT / "configs" / "smoke.py") if options.quick else options.recipe
+    config = replace(configs.override(configs.load(recipe), flags, "benchmarks.cache"), objective=objective)
+    environment, bench, rows = harness.environment(), Bench(config, 4 if options.quick else SEEDS), []
     vocab = bench.job.student.model.config.vocab_size
     for case in CASES[2::3] if options.quick else CASES:
         if case.picks > vocab:

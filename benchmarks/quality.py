@@ -49,11 +49,21 @@ RESULTS = harness.RESULTS / "quality.jsonl"
 PICTURE = harness.ROOT / "docs" / "quality.svg"
 TEACHER = ModelConfig(vocab_size=264, width=192, layers=4, heads=6, kv_heads=2, head_width=32, mlp_width=512)
 STUDENT = ModelConfig(vocab_size=264, width=96, layers=2, heads=3, kv_heads=1, head_width=32, mlp_width=256)
-TEACHER_STEPS, STEPS, LOOKS = 1500, 400, 8
-LENGTH, ROWS = 256, 8
+LENGTH, ROWS, LOOKS = 256, 8, 8
 RATES = (3e-3, 1e-3, 1e-2)
 FIGURES = ("kl", "perplexity", "agreement", "teacher_perplexity")
 CURVE = ("step", "tokens", "seconds", *FIGURES)
+
+
+class Scale(NamedTuple):
+    """How long everything trains, and at how many of the rates."""
+
+    teacher_steps: int = 1500
+    steps: int = 400
+    rates: int = len(RATES)
+
+
+QUICK = Scale(4, 2, 1)
 
 
 class Arm(NamedTuple):
@@ -93,7 +103,7 @@ def write_rows(path: Path) -> None:
                     file.write(f"{json.dumps({'text': piece, 'module': row['id'].partition('.')[0]})}\n")
 
 
-def base(home: Path) -> Config:
+def base(home: Path, scale: Scale) -> Config:
     """Return what all arms have in common; the data and the teacher are made where they are not there yet."""
     rows = home / "rows.jsonl"
     home.mkdir(parents=True, exist_ok=True)
@@ -110,16 +120,16 @@ def base(home: Path) -> Config:
             group_field="module",
             eval_tokens=32_768,
         ),
-        steps=STEPS,
+        steps=scale.steps,
         batch_size=ROWS,
-        eval_every=STEPS // LOOKS,
+        eval_every=max(1, scale.steps // LOOKS),
     )
     taught = replace(
         config,
         student=ModelSpec(architecture=TEACHER),
         objective=ObjectiveConfig(alpha=1.0),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=50),
-        steps=TEACHER_STEPS,
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=scale.teacher_steps // 30),
+        steps=scale.teacher_steps,
         eval_every=0,
     )
     train(taught, home / "teacher")
@@ -206,10 +216,10 @@ def at_seconds(row: harness.Row, seconds: float, name: str = "kl") -> float:
     return float(np.interp(seconds, curve[:, CURVE.index("seconds")], curve[:, CURVE.index(name)]))
 
 
-def best_rate(rows: Sequence[harness.Row], arm: str) -> float | None:
+def best_rate(rows: Sequence[harness.Row], arm: str, rates: int = len(RATES)) -> float | None:
     """Return the learning rate at which an arm's first seed ends with the lowest KL; None before all are tried."""
     tried = {row["rate"]: last(row, "kl") for row in rows if row["arm"] == arm and row["seed"] == 0}
-    return min(tried, key=lambda rate: tried[rate]) if len(tried) == len(RATES) else None
+    return min(tried, key=lambda rate: tried[rate]) if len(tried) >= rates else None
 
 
 def chosen(rows: Sequence[harness.Row]) -> dict[str, list[harness.Row]]:
@@ -290,14 +300,14 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
     return figure
 
 
-def left(rows: Sequence[harness.Row], arms: Sequence[str], seeds: int) -> Iterator[tuple[str, float, int]]:
-    """Yield what is not measured yet: all rates of all arms with the first seed, then the other seeds at the best."""
+def left(rows: Sequence[harness.Row], arms: Sequence[str], seeds: int, rates: int) -> Iterator[tuple[str, float, int]]:
+    """Yield what is not measured yet: the rates of all arms with the first seed, then the other seeds at the best."""
     done = {(row["arm"], row["rate"], row["seed"]) for row in rows}
-    tried = [(arm, rate, 0) for rate in RATES for arm in arms if (arm, rate, 0) not in done]
+    tried = [(arm, rate, 0) for rate in RATES[:rates] for arm in arms if (arm, rate, 0) not in done]
     if tried:
         yield from tried
         return
-    best = {arm: best_rate(rows, arm) for arm in arms}
+    best = {arm: best_rate(rows, arm, rates) for arm in arms}
     cases = ((arm, rate, seed) for seed in range(1, seeds) for arm, rate in best.items() if rate is not None)
     yield from (case for case in cases if case not in done)
 
@@ -309,11 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the interpreter that TRL is in")
     parser.add_argument("--home", type=Path, default=Path("runs") / "quality", metavar="DIR")
+    parser.add_argument("--quick", action="store_true", help="a few steps, one rate and seed; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH")
     options = parser.parse_args(arguments)
-    environment, config, arms = harness.environment(), base(options.home), list(options.arms)
-    while case := next(left(harness.read(options.results), arms, options.seeds), None):
+    scale, seeds = (QUICK, 1) if options.quick else (Scale(), options.seeds)
+    environment, arms = harness.environment(), list(options.arms)
+    rows = [] if options.quick else harness.read(options.results)
+    config = base(options.home / ("quick" if options.quick else "whole"), scale)
+    while case := next(left(rows, arms, seeds, scale.rates), None):
         arm, rate, seed = case
         taught = run_of(config, arm, rate, seed)
         engine = ARMS[arm].engine
@@ -323,13 +337,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{arm}: does not run here ({error})", file=sys.stderr, flush=True)
             arms.remove(arm)
             continue
-        row = {"what": "quality", "arm": arm, "rate": rate, "seed": seed, "curve": curve}
-        harness.append(options.results, [row | {"environment": environment}])
-        print(
-            json.dumps({"arm": arm, "rate": rate, "seed": seed} | dict(zip(CURVE, curve[-1], strict=True))), flush=True
-        )
+        told = {"arm": arm, "rate": rate, "seed": seed}
+        rows.append({"what": "quality", **told, "curve": curve, "environment": environment})
+        print(json.dumps(told | dict(zip(CURVE, curve[-1], strict=True))), flush=True)
+        if options.quick:
+            continue
+        harness.append(options.results, rows[-1:])
         with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
-            picture(harness.read(options.results)).savefig(options.picture, metadata={"Date": None})
+            picture(rows).savefig(options.picture, metadata={"Date": None})
     return 0
 
 

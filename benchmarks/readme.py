@@ -46,6 +46,7 @@ from benchmarks import (
     step,
     students,
     teacher,
+    teachers,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +240,7 @@ def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results:
 
 
 TEACHER_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "teachers": lambda results: teachers.markdown(harness.read(results / "teachers.jsonl")),
     "cache": lambda results: cache.markdown(harness.read(results / "cache.jsonl")),
 }
 """The same for the page of what a teacher says."""

@@ -500,6 +500,9 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
     [
         ("start", ()),
         ("data", ()),
+        ("cache", ()),
+        ("teachers", ("--teachers", "12 draws, 8 bits")),
+        ("quality", ("--arms", "forward KL, T = 1")),
         ("teacher", ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16")),
         ("checkpoint", ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1")),
     ],
@@ -507,12 +510,22 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
 def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_path):
     kept = tmp_path / "kept.jsonl"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(kept)]
+    command += ["--home", str(tmp_path)] if name in ("quality", "teachers") else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert not kept.exists()
     if name == "start":
         assert 0 < found["ratio"] < 1 and found["warm_compiled_seconds"] < found["cold_compiled_seconds"]
+    elif name == "cache":
+        some, more, draws = found["rows"]
+        assert some["bytes_per_token"] < more["bytes_per_token"] and more["error"] < some["error"]
+        assert draws["error_of_mean"] < 0.8 * draws["error"] and draws["seeds"] == 4  # about half
+    elif name == "teachers":
+        assert found["teacher"] == "12 draws, 8 bits" and 0 < found["bytes_per_token"] < 200
+        assert 0 < found["kl_after"] < found["kl_before"] and found["label_seconds"] > 0
+    elif name == "quality":
+        assert found["arm"] == "forward KL, T = 1" and found["tokens"] == 2 * 8 * 256 and found["kl"] > 0
     elif name == "teacher":
         whole, half = found["rows"]
         assert whole["hidden_tokens_per_second"] > whole["whole_tokens_per_second"] > 0

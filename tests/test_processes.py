@@ -156,7 +156,6 @@ def test_a_cache_of_two_processes_is_read_by_one_and_the_reverse(home, alone):  
 
 
 PROCESSES = {
-    "data 2": (2, {"data": 2}),
     "context 2": (2, {"data": 1, "context": 2}),
     "fsdp 2, context 2": (4, {"data": 1, "fsdp": 2, "context": 2}),
 }
