@@ -220,10 +220,10 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
         if kind == "sampled":
             means = [100 * row["error_of_mean"] for row in own]
             axes.plot(
-                x, means, "o--", color=f"C{n}", markerfacecolor="white", label=f"mean of {own[0]['seeds']} draws of it"
+                x, means, "o--", color=f"C{n}", markerfacecolor="white", label=f"mean over {own[0]['seeds']} seeds"
             )
-    for size in PUBLISHED:
-        axes.axvline(size, color="grey", lw=0.8, ls=":")
+    for n, size in enumerate(PUBLISHED):
+        axes.axvline(size, color="grey", lw=0.8, ls=":", label=None if n else "DistillKit's sizes")
     axes.set(xscale="log", yscale="log", xlabel="bytes a token", ylabel="error of the gradient, %")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
