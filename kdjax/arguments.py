@@ -22,9 +22,8 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_label(command: argparse.ArgumentParser) -> None:
-    """Add a config and where its cache is written; further flags are the config's own."""
-    command.usage = f"{command.prog} CONFIG OUT [--label.kind KIND] [--FIELD VALUE ...]"
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    """Add a config that is not a run's to go on with."""
     command.epilog = f"`{command.prog} CONFIG --help` lists the fields of the config with their values."
     command.add_argument(
         "config",
@@ -32,6 +31,12 @@ def add_label(command: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a recipe (configs/NAME.py), a saved config.json, or a run directory",
     )
+
+
+def add_label(command: argparse.ArgumentParser) -> None:
+    """Add a config and where its cache is written; further flags are the config's own."""
+    command.usage = f"{command.prog} CONFIG OUT [--label.kind KIND] [--FIELD VALUE ...]"
+    _add_recipe(command)
     command.add_argument("out", metavar="OUT", nargs="?", type=Path, help="the cache's own directory")
     command.set_defaults(run_dir=None)
 
@@ -90,13 +95,7 @@ def add_profile(command: argparse.ArgumentParser) -> None:
 def add_plan(command: argparse.ArgumentParser) -> None:
     """Add a config, the machine, and how the plan is shown; further flags are the config's own."""
     command.usage = f"{command.prog} CONFIG --topology MACHINE [--FIELD VALUE ...]"
-    command.epilog = f"`{command.prog} CONFIG --help` lists the fields of the config with their values."
-    command.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help="a recipe (configs/NAME.py), a saved config.json, or a run directory",
-    )
+    _add_recipe(command)
     command.add_argument(
         "--topology",
         metavar="MACHINE",
