@@ -96,7 +96,7 @@ def run_label(options: argparse.Namespace, flags: list[str]) -> None:
 
     from kdjax.config import Config
     from kdjax.distributed import Launch, join
-    from kdjax.label import inspected, label
+    from kdjax.label import CONFIG, inspected, label
 
     config, _ = _configured(options, flags, Config)
     if options.out is None:
@@ -108,7 +108,7 @@ def run_label(options: argparse.Namespace, flags: list[str]) -> None:
     label(config, options.out)
     if jax.process_index() == 0:
         _show(inspected(options.out))
-        print(f"train on it: kdjax train {options.config} --cache {options.out}")
+        print(f"train on it: kdjax train {options.out / CONFIG} --cache {options.out}")
 
 
 def run_cache(options: argparse.Namespace, flags: list[str]) -> int:

@@ -29,6 +29,7 @@ CONFIGS = {
     "train": config.Config(),
     "plan": config.Config(),
     "answers": config.Config(),
+    "label": config.Config(),
     "prompts": SEARCH,
     "effect": EffectConfig(SEARCH),
     "pipeline": PipelineConfig(SEARCH, config.Config()),

@@ -275,7 +275,7 @@ def test_on_the_command_line(home, capsys, tmp_path):
     assert main(["label", recipe, out, "--label.picks", "9", "--label.batches", "2"]) == 0
     shown = capsys.readouterr()
     assert "the 9 likeliest entries of a token at temperature 1" in shown.out
-    assert f"train on it: kdjax train {recipe} --cache {out}" in shown.out and "eta" in shown.err
+    assert f"train on it: kdjax train {out}/config.json --cache {out}" in shown.out and "eta" in shown.err
     assert main(["cache", "inspect", out, "--verify", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 32 and found["largest_difference"] == 0 and found["damaged"] == []
