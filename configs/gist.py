@@ -2,7 +2,7 @@
 
 COMMAND:  kdjax train configs/gist.py
 HARDWARE: 1 CPU core, 6 GB of memory; no GPU
-TIME:     8 to 17 minutes once the model (93 MB) is fetched, by what else the machine does
+TIME:     about 16 minutes beside other work, once the model (93 MB) is fetched (figures: docs/prompts.md)
 RESULT:   a share of unseen prompts' effect is recovered, but nearly as much behind another prompt's gist: so few steps
           teach the kind of text, and little yet of each prompt (figures: docs/prompts.md)
 """

@@ -38,7 +38,7 @@ def answered(config: Config, directory: Path) -> DataConfig:
     Raises:
         UserError: prompts that cannot be answered, or answers there that came about otherwise.
     """
-    if config.answers.by == "data":
+    if config.answers.by == "data" or config.cache:  # a cache has the rows, answers and all
         return config.data
     write_answers(config, directory)
     return replace(config.data, sources=(f"jsonl:{glob.escape(str(directory / ANSWERS))}",), weights=())

@@ -17,9 +17,11 @@ import tiny_run
 from test_build import config, refused  # noqa: F401
 
 from kdjax import label as labels
+from kdjax.answers import answered
 from kdjax.build import build
 from kdjax.cli import main
 from kdjax.data import cached, open_cache
+from kdjax.data.cache import of_record, record
 from kdjax.data.packing import SAID
 from kdjax.errors import UserError
 from kdjax.label import inspected, label, verified
@@ -317,5 +319,17 @@ def test_what_any_process_lacks_all_run_the_teacher_for(monkeypatch):
 
 
 def test_the_teachers_own_view_is_not_kept(written):
-    row = open_cache(written["topk"][1]).row("train", 0)
-    assert not [name for name in row if name.startswith("teacher_")] and f"{SAID}ids" in row
+    labelled, directory = written["topk"]
+    cache = open_cache(directory)
+    own = {name: np.arange(32, dtype=np.int32) for name in ("teacher_tokens", "teacher_weight")}
+    row = cache.row("train", 0)
+    said = {name: row[f"{SAID}{name}"] for name in ("ids", "log_probs", "log_tail")} | {"log_z": np.zeros(32)}
+    plain_row = {name: x for name, x in row.items() if not name.startswith(SAID)}
+    kind, how = cache.settings("train")
+    again = of_record(record(plain_row | own, 31, said, kind, how), kind, how)
+    assert set(again) == set(row)
+
+
+def test_answers_are_not_sampled_again_where_a_cache_has_them(plain, tmp_path):
+    asked = replace(plain, cache="somewhere", answers=replace(plain.answers, by="teacher"))
+    assert answered(asked, tmp_path) is asked.data and not list(tmp_path.iterdir())

@@ -32,7 +32,6 @@ MANIFEST = "manifest.json"
 VERSION = 1
 EPOCHS = 2**20
 """More than any run reads."""
-SPLITS = "train", "held_out"
 
 
 def record(row: Row, count: int, said: Mapping[str, np.ndarray], kind: str, settings: Settings) -> bytes:

@@ -152,10 +152,8 @@ class Data:
                 turn = self.layout.turn(done)
                 taken = list(pool.map(take, turn.items()))
                 places = places | {str(number): place for number, (_, place) in zip(turn, taken, strict=True)}
-                yield (
-                    [row for rows, _ in taken for row in rows],
-                    {"step": done + 1, "data": self.identity, "shards": places},
-                )
+                after = {"step": done + 1, "data": self.identity, "shards": places}
+                yield [row for rows, _ in taken for row in rows], after
 
 
 def build(
