@@ -44,6 +44,7 @@ def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named) -> di
             "teacher": teacher.identity(config.seed),
             "teacher_dtype": teacher.model.dtype,
             "tokenizer": tokenizer.sha256,
+            "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "data": shown,
             "views": hashlib.sha256(repr(views).encode()).hexdigest(),
             "answers": answers if config.answers.by == "teacher" else {"by": "data"},
