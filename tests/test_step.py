@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from kdjax.errors import UserError
@@ -118,6 +119,8 @@ def _start(recipe, place):
     frozen = {"teacher": _init(teacher, 2)}
     where = place.state_shardings(state, {"student": recipe.model.logical_axes()})
     frozen_where = place.state_shardings(frozen, {"teacher": teacher.logical_axes()})
+    if jax.process_count() > 1:
+        _meet("all is initialised")
     return jax.device_put(state, where), jax.device_put(frozen, frozen_where), where
 
 
@@ -135,12 +138,20 @@ def _run(mesh, microbatches, batches=BATCHES, student=STUDENT, devices=None, obj
     state, frozen, where = _start(recipe, place)
     do, logged, gradients = place.compile_step(partial(step, recipe=recipe), where), [], []
     part, parts = place.reading
-    for batch in batches:
-        own = jax.tree.map(lambda x: np.split(x, parts)[part], batch)
-        state, metrics = do(state, frozen, place.put_batch(own))
+    own = [place.put_batch(jax.tree.map(lambda x: np.split(x, parts)[part], batch)) for batch in batches]
+    if jax.process_count() > 1:
+        do = do.lower(state, frozen, own[0]).compile()
+        _meet("the step is compiled")
+    for batch in own:
+        state, metrics = do(state, frozen, batch)
         logged.append({name: float(value) for name, value in metrics.items()})
         gradients.append(_whole(state.opt_state[0]))
     return logged, gradients, _whole(state.params)
+
+
+def _meet(name):
+    """Wait for the other processes, whose compilers may be slower: gloo's collectives wait 30 s and no longer."""
+    global_state.client.wait_at_barrier(name, timeout_in_ms=300_000)
 
 
 def _whole(tree):
