@@ -160,20 +160,21 @@ def of_engine(engine: str, python: str, config: Config) -> list[list[float]]:
         NotRunning: the engine is not there, or ended.
     """
     job = build(config)
-    trees = {"teacher": job.frozen()["teacher"], "student": job.start().params["student"]}
+    frozen = job.frozen()
+    trees = {"teacher": frozen["teacher"], "student": job.start().params["student"]}
     specs: Any = {"teacher": job.teacher, "student": job.student}
     sized = replace(config, **{name: ModelSpec(architecture=named.model.config) for name, named in specs.items()})
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         peers.write_problem(sized, home, np.stack(list(islice(rows_of(job), config.steps))), trees)
-        running, looks, seconds = peers.Running(engine, python, home), {0: measured(job, home / "student")}, []
+        running, looks, seconds = peers.Running(engine, python, home), {0: measured(job, frozen, home / "student")}, []
         try:
             for step in range(1, config.steps + 1):
                 running.step()
                 seconds.append(running.told[-1]["seconds"])
                 if step % config.eval_every == 0:
                     running.save(home / str(step))
-                    looks[step] = measured(job, home / str(step))
+                    looks[step] = measured(job, frozen, home / str(step))
         finally:
             running.close()
     each = statistics.median(seconds[1:])
@@ -197,12 +198,12 @@ def rows_of(job: Job) -> Iterator[np.ndarray]:
         yield np.asarray(batch.student.tokens_BT)
 
 
-def measured(job: Job, directory: Path) -> dict[str, float]:
-    """Return the held-out figures of a student in a directory."""
+def measured(job: Job, frozen: Any, directory: Path) -> dict[str, float]:
+    """Return the held-out figures of a student in a directory, beside the job's frozen trees."""
     tensors = open_model(str(directory)).tensors
     params = {"student": jax.tree.map(lambda tensor: tensor.all(), tensors), "projections": {}}
-    frozen, batches = job.frozen(), job.data.evaluation(job.config.batch_size)
-    return evaluate(lambda given: job.sums(params, *given), (job.given(frozen, batch) for batch in batches))
+    given = (job.given(frozen, batch) for batch in job.data.evaluation(job.config.batch_size))
+    return evaluate(lambda batch: job.sums(params, *batch), given)
 
 
 def last(row: harness.Row, name: str) -> float:
