@@ -38,7 +38,7 @@ from kdjax.config import Config
 from kdjax.console import amount, percent
 from kdjax.data.cache import Cache, cached, digest, of_record, record, shard_name, write_shard
 from kdjax.data.packing import to_batch
-from kdjax.data.signals import Settings
+from kdjax.data.signals import Settings, packed
 from kdjax.job import Job
 from kdjax.losses import ObjectiveConfig
 from kdjax.step import gradient
@@ -111,7 +111,8 @@ class Bench:
         """Return the rows as they are kept."""
         counts = np.sum(self.batch.kd_weight_BR != 0, axis=1).tolist()
         pairs = zip(self.rows, counts, said, strict=True)
-        return [record(row, count, of_row, case.kind, self.settings(case)) for row, count, of_row in pairs]
+        settings = self.settings(case)
+        return [record(row, packed(case.kind, of_row, count, settings)) for row, count, of_row in pairs]
 
     def settings(self, case: Case) -> Settings:
         """Return how a case is kept."""

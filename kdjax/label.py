@@ -34,7 +34,7 @@ from kdjax.data.cache import (
 )
 from kdjax.data.packing import SAID, Row, to_batch
 from kdjax.data.shards import local_rows
-from kdjax.data.signals import Settings, error
+from kdjax.data.signals import Settings, error, packed
 from kdjax.errors import UserError
 from kdjax.job import Job
 from kdjax.labelled import settings_of, temperature_of
@@ -88,7 +88,7 @@ def label(config: Config, directory: Path) -> Manifest:
         finished = directory / MANIFEST
         if finished.exists():
             cache = of_manifest(directory)
-            if different := differences_of(cache.manifest["wanted"], wanted):
+            if different := differences_of({name: cache.manifest.get(name) for name in wanted}, wanted):
                 raise UserError(_otherwise(directory, different))
             if not (broken := damaged(cache)):
                 log.info("%s is labelled already", directory)
@@ -137,11 +137,11 @@ def _wanted(job: Job) -> dict[str, Any]:
         raise UserError("there is nothing to label: the config has no teacher; name one")
     whole: dict[str, Any] = {
         "settings": settings_of(config, job.tokenizer, teacher),
+        "order": job.data.identity,
         "kept": kept_of(config),
         "batch_size": config.batch_size,
         "batches": config.label.batches or config.steps,
         "shard_batches": max(1, config.label.shard_rows // config.batch_size),
-        "order": config.data.seed,
         "draws": config.label.seed,
         "parts": job.place.reading[1],
     }
@@ -260,9 +260,10 @@ def _records(
         arrays = job.place.own_rows(said["said"])
         for n, row in enumerate(rows):
             of_row, count = {name: x[n] for name, x in arrays.items()}, int(np.sum(batch.kd_weight_BR[n] != 0))
-            records.append(record(row, count, of_row, kept["kind"], settings))
+            small = packed(kept["kind"], of_row, count, settings)
+            records.append(record(row, small))
             facts["tokens"] += count
-            facts["error"] = max(facts["error"], error(kept["kind"], of_row, count, settings))
+            facts["error"] = max(facts["error"], error(kept["kind"], of_row, small, settings))
 
     for number, rows in enumerate(batches, first):
         batch = to_batch(rows)
@@ -289,8 +290,7 @@ def _finish(job: Job, directory: Path, wanted: dict[str, Any], part: Part) -> No
     manifest: Manifest = {
         "version": VERSION,
         "kdjax": __version__,
-        **{name: wanted[name] for name in ("kept", "batch_size", "batches", "shard_batches", "parts", "settings")},
-        "wanted": wanted,
+        **wanted,
         "vocab_size": job.student.model.config.vocab_size,
         "tokens": tokens,
         "row_tokens": replace(job.config.data, task=job.student.model.config.task).lengths["tokens"],
@@ -313,7 +313,7 @@ def inspected(directory: Path) -> dict[str, Any]:
     cache = of_manifest(directory)
     manifest, rows = cache.manifest, cache.count("train")
     length, shards = manifest["row_tokens"], manifest["shards"]
-    shown = {name: value for name, value in manifest.items() if name not in ("shards", "wanted")}
+    shown = {name: value for name, value in manifest.items() if name != "shards"}
     return shown | {
         "rows": rows,
         "held_out_rows": cache.count("held_out"),

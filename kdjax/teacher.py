@@ -104,37 +104,36 @@ class Saying:
         picks: entries of a top-k, or draws.
         temperature: of what is kept of logits.
         seed: of draws.
-        tokens: whose logits exist at one time.
     """
 
     kind: str = "hidden"
     picks: int = 0
     temperature: float = 1.0
     seed: int = 0
-    tokens: int = 256
 
 
-def _hidden(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
+def _hidden(saying: Saying, signal: Signal, numbers_N: Array | None) -> Said:
     return {"hidden": signal.hidden_ND}
 
 
-def _top_k(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
+def _top_k(saying: Saying, signal: Signal, numbers_N: Array | None) -> Said:
     def read(log_probs_CV: Array, log_z_C: Array, rows_C: Array) -> Said:
         best = top_k(log_probs_CV, saying.picks)
         return {"ids": best.ids_NP, "log_probs": best.log_probs_NP, "log_tail": best.log_tail_N, "log_z": log_z_C}
 
-    return of_head(signal.hidden_ND, signal.head, saying.temperature, read, saying.tokens)
+    return of_head(signal.hidden_ND, signal.head, saying.temperature, read)
 
 
-def _sampled(saying: Saying, signal: Signal, row_keys_N: Array | None) -> Said:
-    keys_N = jnp.zeros(len(signal.hidden_ND), jnp.uint32) if row_keys_N is None else row_keys_N
+def _sampled(saying: Saying, signal: Signal, numbers_N: Array | None) -> Said:
+    if numbers_N is None:
+        raise ValueError("draws go by the numbers of the batch's rows, but its signal has no row_B")
 
     def read(log_probs_CV: Array, log_z_C: Array, rows_C: Array) -> Said:
-        keys_C = jax.vmap(partial(jax.random.fold_in, jax.random.key(saying.seed)))(keys_N[rows_C])
+        keys_C = jax.vmap(partial(jax.random.fold_in, jax.random.key(saying.seed)))(numbers_N[rows_C])
         drawn = sample(keys_C, log_probs_CV, saying.picks)
         return {"ids": drawn.ids_NP, "log_probs": drawn.log_probs_NP}
 
-    return of_head(signal.hidden_ND, signal.head, saying.temperature, read, saying.tokens)
+    return of_head(signal.hidden_ND, signal.head, saying.temperature, read)
 
 
 SAYINGS: dict[str, Callable[[Saying, Signal, Array | None], Said]] = {

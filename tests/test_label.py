@@ -9,12 +9,14 @@ import subprocess
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
-from test_build import config, refused  # noqa: F401
+from test_build import config, directory, exported, refused  # noqa: F401
+from test_context import LONG_RULES, made, ruled  # noqa: F401
 
 from kdjax import label as labels
 from kdjax.answers import answered
@@ -23,6 +25,7 @@ from kdjax.cli import main
 from kdjax.data import cached, open_cache
 from kdjax.data.cache import of_record, record
 from kdjax.data.packing import SAID
+from kdjax.data.signals import packed
 from kdjax.errors import UserError
 from kdjax.label import inspected, label, verified
 from kdjax.losses import ObjectiveConfig
@@ -81,6 +84,24 @@ def test_gradients_are_those_of_the_live_teacher(plain, written, kind, off):
             assert np.abs(ours - theirs).max() <= off * max(np.abs(theirs).max(), 1e-8)
         assert parts["ce"] == pytest.approx(wanted["ce"], rel=1e-6)
         assert parts["kd"] == pytest.approx(wanted["kd"], rel=10 * off)
+
+
+def test_what_a_prompted_teacher_says_is_kept_without_its_prompt(made, tmp_path):
+    """Its view stands behind a prefix that all share; what reads the cache needs neither."""
+    prompted = ruled(replace(made, steps=3, objective=PLAIN, label=LabelConfig("hidden")), LONG_RULES)
+    prompted = replace(prompted, teacher=replace(prompted.teacher, dtype="bfloat16"))
+    label(prompted, tmp_path / "cache")
+    live, cached_job = build(prompted), build(replace(prompted, cache=str(tmp_path / "cache")))
+    assert len(live.data.shared) and not len(cached_job.data.shared)
+    assert not any(name.startswith("teacher_") for name in open_cache(tmp_path / "cache").row("train", 0))
+    for (got, parts), (want, wanted) in zip(gradients(cached_job, 3), gradients(live, 3), strict=True):
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.abs(ours - theirs).max() <= 1e-5 * max(np.abs(theirs).max(), 1e-8)
+        assert parts["kd"] == pytest.approx(wanted["kd"], rel=1e-5) and parts["kd"] > 0
+    rows = Path(prompted.data.sources[0].removeprefix("jsonl:"))
+    rows.write_text(rows.read_text().replace("f", "g"))
+    with pytest.raises(UserError, match="was labelled otherwise .*order.documents"):
+        label(prompted, tmp_path / "cache")
 
 
 def test_draws_are_of_what_the_teacher_says(written, plain):
@@ -328,7 +349,7 @@ def test_the_teachers_own_view_is_not_kept(written):
     said = {name: row[f"{SAID}{name}"] for name in ("ids", "log_probs", "log_tail")} | {"log_z": np.zeros(32)}
     plain_row = {name: x for name, x in row.items() if not name.startswith(SAID)}
     kind, how = cache.settings("train")
-    again = of_record(record(plain_row | own, 31, said, kind, how), kind, how)
+    again = of_record(record(plain_row | own, packed(kind, said, 31, how)), kind, how)
     assert set(again) == set(row)
 
 

@@ -6,6 +6,7 @@ in which training reads them. A shard holds some batches' rows of one process, a
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
@@ -25,7 +26,7 @@ from safetensors import numpy as safetensors
 from kdjax.data.packing import SAID, Row
 from kdjax.data.pipeline import Data
 from kdjax.data.shards import lay_out
-from kdjax.data.signals import Settings, packed, unpacked
+from kdjax.data.signals import Settings, unpacked
 from kdjax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -34,13 +35,13 @@ EPOCHS = 2**20
 """More than any run reads."""
 
 
-def record(row: Row, count: int, said: Mapping[str, np.ndarray], kind: str, settings: Settings) -> bytes:
-    """Return a row as one record, with what the teacher said of the `count` positions of it that are compared.
+def record(row: Row, kept: Mapping[str, np.ndarray]) -> bytes:
+    """Return a row as one record, with what is kept (`signals.packed`) of what the teacher said of it.
 
     The teacher's own view is left out, since it has spoken.
     """
     own = {name: _small(np.asarray(x)) for name, x in row.items() if not name.startswith("teacher_")}
-    return safetensors.save(own | {f"{SAID}{name}": x for name, x in packed(kind, said, count, settings).items()})
+    return safetensors.save(own | {f"{SAID}{name}": x for name, x in kept.items()})
 
 
 def of_record(content: bytes, kind: str, settings: Settings) -> Row:
@@ -110,9 +111,16 @@ class Cache:
     def _readers(self) -> tuple[dict[str, Any], threading.Lock]:
         return {}, threading.Lock()
 
+    @functools.cached_property
+    def _counts(self) -> collections.Counter[str]:
+        counts = collections.Counter[str]()
+        for shard in self.manifest["shards"]:
+            counts[shard["name"].partition("-")[0]] += shard["rows"]
+        return counts
+
     def count(self, split: str) -> int:
         """Return how many rows a split has."""
-        return sum(shard["rows"] for shard in self.manifest["shards"] if shard["name"].startswith(f"{split}-"))
+        return self._counts[split]
 
     def settings(self, split: str) -> tuple[str, Settings]:
         """Return the kind of what is said in a split, and how it is kept."""

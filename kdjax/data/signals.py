@@ -149,9 +149,10 @@ KINDS: dict[str, Kind] = {
 """Name -> how it is kept. What a teacher says of each: `kdjax.teacher.SAYINGS`."""
 
 
-def error(kind: str, said: Mapping[str, np.ndarray], count: int, settings: Settings) -> float:
+def error(kind: str, said: Mapping[str, np.ndarray], kept: Arrays, settings: Settings) -> float:
     """Return how far what is kept is from what was said, at most: of log-probabilities, or of hidden states."""
-    found = KINDS[kind].unpack(packed(kind, said, count, settings), settings)
+    found = KINDS[kind].unpack(kept, settings)
+    count = len(next(iter(found.values())))
     wanted = {name: np.asarray(x)[:count] for name, x in said.items()}
     if kind == "hidden":
         gaps = np.asarray(found["hidden"], np.float32) - np.asarray(wanted["hidden"], np.float32)

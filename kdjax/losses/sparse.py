@@ -11,6 +11,8 @@ from jax import lax
 
 from kdjax.errors import UserError
 from kdjax.losses.logits import head_logits, log_sum_exp, vocabulary
+from kdjax.losses.objective import ObjectiveConfig
+from kdjax.losses.sizes import chunk_size
 from kdjax.shapes import Array, Head, Sampled, TopK
 
 T = TypeVar("T")
@@ -72,20 +74,17 @@ def _first_above(upto_NPX: Array, height_NP: Array) -> Array:
     return jnp.minimum(place_NP, last_NP)
 
 
-def of_head(
-    hidden_ND: Array, head: Head, temperature: float, read: Callable[[Array, Array, Array], T], tokens: int
-) -> T:
-    """Return what `read` makes of a head's log-probabilities, so many tokens at a time: never of all at once.
+def of_head(hidden_ND: Array, head: Head, temperature: float, read: Callable[[Array, Array, Array], T]) -> T:
+    """Return what `read` makes of a head's log-probabilities, a chunk of the tokens at a time: never of all at once.
 
     Args:
         hidden_ND: of the tokens.
         head: whose matrix is cast to the hidden states' dtype.
         temperature: that logits are divided by.
         read: of (log_probs_CV, log_z_C, rows_C: which tokens these are) -> arrays with a leading C.
-        tokens: at one time, C.
     """
     n = len(hidden_ND)
-    chunk = min(tokens, n)
+    chunk = chunk_size(ObjectiveConfig(), n, head.w_DV.shape[1])
     rows = jnp.arange(n + -n % chunk)
     over = vocabulary(head)
 

@@ -73,7 +73,7 @@ def test_what_was_said_is_there_again(kind, bits):
     how, whole = Settings(V, bits, 9), said(kind)
     found = unpacked(kind, packed(kind, whole, 5, how), N, how)
     assert all(not np.any(x[5:]) for x in found.values())  # the last two are not compared
-    off = error(kind, whole, 5, how)
+    off = error(kind, whole, packed(kind, whole, 5, how), how)
     if kind == "hidden":
         np.testing.assert_allclose(found["hidden"][:5], whole["hidden"][:5], atol=off * 1.001)
         assert 0 < off < np.abs(whole["hidden"]).max() * (0.5 / 127 if bits == 8 else 2.0**-8) * 1.001
@@ -95,9 +95,9 @@ def test_what_was_said_is_there_again(kind, bits):
 
 
 def test_bfloat16_loses_nothing_of_bfloat16():
-    hidden_ND = said("hidden")["hidden"].astype(ml_dtypes.bfloat16)
+    whole = {"hidden": said("hidden")["hidden"].astype(ml_dtypes.bfloat16)}
     how = Settings(V, 16)
-    assert error("hidden", {"hidden": hidden_ND}, N, how) == 0
+    assert error("hidden", whole, packed("hidden", whole, N, how), how) == 0
 
 
 def test_logs_that_float16_cannot_hold_are_cut():
