@@ -1,6 +1,7 @@
 """Greedy decoding with SmolLM2-135M-Instruct beside transformers, and how near it comes to what memory allows.
 
 COMMAND: python -m benchmarks.generate          (about 4 minutes on 2 CPU cores; transformers where it is installed)
+         python -m benchmarks.generate --quick  (seconds: a small random model, alone; nothing is kept)
 
 Decoding is timed as the difference of two runs, of 1 and of 65 new tokens after the same prompts of 64, so prefill is
 not in it. The floor is the time to read the weights once, and what the cache holds, at the bandwidth that the same
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,49 @@ import numpy as np
 from benchmarks import harness
 from kdjax.console import amount, percent
 from kdjax.generate import generate
-from kdjax.models import Model, ModelFile, open_model
+from kdjax.models import Model, ModelConfig, open_model
 
 RESULTS = harness.RESULTS / "generate.jsonl"
 MODEL = "smollm2-135m-instruct"
+SMALL = ModelConfig(vocab_size=49_152, width=64, layers=2, heads=2, kv_heads=1, head_width=32, mlp_width=128)
 BATCHES = (1, 16)
 PROMPT, SHORT, LONG, SHARED = 64, 1, 65, 512
 READ = 2**28
 """Float32 numbers of the matrix that measures bandwidth."""
 
 
-def ours(file: ModelFile) -> Callable[..., list[list[int]]]:
-    """Return (prompts, new tokens) -> continuations, by this engine in float32."""
-    model, params = Model(file.config), jax.tree.map(lambda tensor: jnp.asarray(tensor.all()), file.tensors)
+class Subject(NamedTuple):
+    """What generates.
+
+    Attributes:
+        model: of this engine.
+        params: its parameters, float32.
+        directory: where transformers finds the same; None where it does not.
+    """
+
+    model: Model
+    params: Any
+    directory: Path | None = None
+
+
+def subject(quick: bool = False) -> Subject:
+    """Return the model; a quick one is small and of random weights."""
+    if quick:
+        model = Model(SMALL)
+        return Subject(model, jax.jit(model.init)(jax.random.key(0)))
+    file = open_model(MODEL)
+    params = jax.tree.map(lambda tensor: jnp.asarray(tensor.all(), jnp.float32), file.tensors)
+    return Subject(Model(file.config), params, Path(str(file.tokenizer)).parent)
+
+
+def ours(model: Model, params: Any) -> Callable[..., list[list[int]]]:
+    """Return (prompts, new tokens) -> continuations, by this engine."""
     return lambda prompts, new: generate(model, params, prompts, max_new_tokens=new)
 
 
-def theirs(directory: Path) -> Callable[..., list[list[int]]] | None:
-    """Return the same by transformers; None where it is not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+def theirs(directory: Path | None) -> Callable[..., list[list[int]]] | None:
+    """Return the same by transformers; None where it is not installed, or has no such model."""
+    if directory is None or not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None
     torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -61,16 +86,16 @@ def theirs(directory: Path) -> Callable[..., list[list[int]]] | None:
     return run
 
 
-def floor_bytes(file: ModelFile, batch: int) -> int:
+def floor_bytes(it: Subject, batch: int) -> int:
     """Return what one step of decoding must read: every weight, and the keys and values of half the new tokens."""
-    c, weights = file.config, sum(4 * int(np.prod(tensor.shape)) for tensor in jax.tree.leaves(file.tensors))
+    c, weights = it.model.config, sum(x.nbytes for x in jax.tree.leaves(it.params))
     seen = PROMPT + (SHORT + LONG) // 2
     return weights + 4 * 2 * c.layers * batch * seen * c.kv_heads * c.head_width
 
 
-def measure(file: ModelFile, batch: int, rounds: int) -> list[harness.Row]:
+def measure(it: Subject, batch: int, rounds: int) -> list[harness.Row]:
     """Return a row for each library, with the share of the floor."""
-    runs = {"kdjax": ours(file), "transformers": theirs(Path(str(file.tokenizer)).parent)}
+    runs = {"kdjax": ours(it.model, it.params), "transformers": theirs(it.directory)}
     prompts = np.random.default_rng(0).integers(1000, 40_000, (batch, PROMPT)).tolist()
     matrix, vector = np.ones((READ // 4096, 4096), np.float32), np.ones(4096, np.float32)
     variants = [harness.Variant("read", lambda: matrix @ vector, rounds, READ, meter=untold)]
@@ -87,7 +112,7 @@ def measure(file: ModelFile, batch: int, rounds: int) -> list[harness.Row]:
     for name in texts:
         each = [trials[f"{name} {LONG}"][n].seconds - trials[f"{name} {SHORT}"][n].seconds for n in range(rounds)]
         rates = [batch * (LONG - SHORT) / seconds for seconds in each]
-        floor = batch * bandwidth / floor_bytes(file, batch)
+        floor = batch * bandwidth / floor_bytes(it, batch)
         rows.append(
             {
                 "what": "generate",
@@ -112,9 +137,9 @@ def measure(file: ModelFile, batch: int, rounds: int) -> list[harness.Row]:
     return rows
 
 
-def shared(file: ModelFile, batch: int, rounds: int) -> harness.Row:
+def shared(it: Subject, batch: int, rounds: int) -> harness.Row:
     """Return the time to the first token after a long prompt: the same beginning for all, and different ones."""
-    run, rng = ours(file), np.random.default_rng(1)
+    run, rng = ours(it.model, it.params), np.random.default_rng(1)
     begin = rng.integers(1000, 40_000, SHARED)
     ends = rng.integers(1000, 40_000, (batch, 16))
     same = [[*begin.tolist(), *end] for end in ends.tolist()]
@@ -181,14 +206,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a small random model, 2 rounds; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    file, environment = open_model(MODEL), harness.environment()
+    it, environment, rounds = subject(options.quick), harness.environment(), 2 if options.quick else options.rounds
     environment |= {name: version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
-    rows = [row for batch in BATCHES for row in measure(file, batch, options.rounds)]
-    rows.append(shared(file, max(BATCHES), options.rounds))
-    options.results.unlink(missing_ok=True)
-    harness.append(options.results, [row | {"environment": environment} for row in rows])
+    rows = [row for batch in BATCHES for row in measure(it, batch, rounds)]
+    rows.append(shared(it, max(BATCHES), rounds))
+    if not options.quick:
+        options.results.unlink(missing_ok=True)
+        harness.append(options.results, [row | {"environment": environment} for row in rows])
     for row in rows:
         print(json.dumps(row))
     return 0

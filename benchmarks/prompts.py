@@ -1,6 +1,7 @@
 """A prompted teacher's forward pass: the prompt in each row, run once a batch, and run once for all.
 
 COMMAND: python -m benchmarks.prompts          (about 17 minutes on a CPU core once the teacher is fetched)
+         python -m benchmarks.prompts --quick  (seconds: two layers, the shortest prompt; nothing is kept)
 
 Each example has 64 tokens, of which the loss needs the hidden states of the last 32; before each stands one and the
 same prompt. What is timed is the teacher's part of a step, `kdjax.teacher.live_teacher`, in float32. Of each way the
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,22 @@ WAYS = ("in each row", "once a batch", "once for all")
 """Where the prompt is run."""
 
 
-def teacher() -> tuple[Model, Any, str]:
-    """Return the model, its parameters, and what they are."""
+def teacher(quick: bool = False) -> tuple[Model, Any, str]:
+    """Return the model, its parameters, and what they are; a quick one has two layers of random weights."""
+    if quick:
+        return random(replace(SHAPE, layers=2))
     try:
         file = open_model(MODEL)
     except UserError as error:
         print(f"{error}; random weights of its shape instead", file=sys.stderr)
-        return Model(SHAPE), jax.jit(Model(SHAPE).init)(jax.random.key(0)), f"random, of the shape of {MODEL}"
+        return random(SHAPE)
     return Model(file.config), jax.tree.map(lambda tensor: jnp.asarray(tensor.all()), file.tensors), MODEL
+
+
+def random(config: ModelConfig) -> tuple[Model, Any, str]:
+    """Return a model of random weights, as `teacher` does."""
+    layers = f"{config.layers} layers " if config != SHAPE else ""
+    return Model(config), jax.jit(Model(config).init)(jax.random.key(0)), f"random, {layers}of the shape of {MODEL}"
 
 
 def batch(head: Sequence[int], each: int) -> Batch:
@@ -200,14 +210,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, metavar="TOKENS")
+    parser.add_argument("--quick", action="store_true", help="two layers, the first prompt, 2 rounds; nothing is kept")
     options = parser.parse_args(arguments)
-    environment, (model, params, name), rows = harness.environment(), teacher(), []
+    environment, (model, params, name), rows = harness.environment(), teacher(options.quick), []
     facts = {"teacher": name, "environment": environment}
-    for prompt in options.prompts:
-        rows += [row | facts for row in measure(model, params, prompt, options.rounds)]
+    prompts, rounds = (options.prompts[:1], 2) if options.quick else (options.prompts, options.rounds)
+    for prompt in prompts:
+        rows += [row | facts for row in measure(model, params, prompt, rounds)]
         print(markdown(rows), file=sys.stderr, flush=True)
-    options.results.unlink(missing_ok=True)
-    harness.append(options.results, rows)
+    if not options.quick:
+        options.results.unlink(missing_ok=True)
+        harness.append(options.results, rows)
     print(json.dumps({f"{row['prompt_tokens']} {row['way']}": row["ratio"] for row in rows}))
 
 

@@ -501,6 +501,8 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
         ("start", ()),
         ("data", ()),
         ("cache", ()),
+        ("generate", ()),
+        ("prompts", ()),
         ("teachers", ("--teachers", "12 draws, 8 bits")),
         ("quality", ("--arms", "forward KL, T = 1")),
         ("teacher", ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16")),
@@ -530,6 +532,10 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
         whole, half = found["rows"]
         assert whole["hidden_tokens_per_second"] > whole["whole_tokens_per_second"] > 0
         assert half["dtype"] == "bfloat16" and half["bytes"] == whole["bytes"] / 2 and 0 < half["hidden_mfu"] < 2
+    elif name == "generate":
+        assert found["what"] == "shared prefix" and 0 < found["seconds_same"] < found["seconds_apart"]
+    elif name == "prompts":
+        assert found.pop("128 in each row") == 1 and all(times > 1 for times in found.values()) and len(found) == 2
     elif name == "data":
         assert set(found) == {"python_docs concat", "python_docs first_fit"} and min(found.values()) > 1000
     else:
