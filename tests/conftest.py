@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -20,6 +21,16 @@ if jax.__version_info__ < (0, 11):  # later XLAs have no such flag, and end the 
     flags.append("--xla_cpu_use_fusion_emitters=false")
 with mock.patch.dict(os.environ, XLA_FLAGS=" ".join(flags)):
     jax.devices()  # reads the flags; later processes do not see them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Keep what is compiled: the next test that builds the same job finds it."""
+    directory = tmp_path_factory.getbasetemp() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    reset_cache()
+    return directory
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 240
@@ -57,21 +55,12 @@ COMPILED = "compiled"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory with the recipe. What one run compiled, in this process or another, the next one finds."""
-    base = tmp_path_factory.getbasetemp()
+def home(tmp_path_factory, compiled):
+    """A directory with the recipe, whose processes find what any test compiled."""
     directory = tmp_path_factory.mktemp("home")
-    (directory / COMPILED).symlink_to(base / COMPILED)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(base / COMPILED), 0), strict=True):
-        jax.config.update(name, value)
-    reset_cache()
+    (directory / COMPILED).symlink_to(compiled)
     write_recipe(directory)
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
+    return directory
 
 
 def write_recipe(directory, text=RECIPE):
