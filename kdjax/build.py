@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from kdjax import data, optim
 from kdjax.config import Config
@@ -20,10 +21,11 @@ from kdjax.labelled import opened
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
 from kdjax.models import Model
-from kdjax.named import Named, models, prompted
+from kdjax.named import Named, co_teachers, models, prompted
 from kdjax.sharding import Placement, placements
 from kdjax.step import Recipe
-from kdjax.teacher import brought, live_teacher, no_teacher
+from kdjax.teacher import brought, live_teacher, mixed, no_teacher
+from kdjax.teachers import shares
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,13 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     """
     place, teacher_place = places(config)
     student, teacher = models(config, place, teacher_place)
-    _check_length(config, student, teacher)
-    task = _task(config, student, teacher)
-    check_context(config, place, {"student": student})
+    others = co_teachers(config, place, student)
+    shares_SK = shares_of(config)
+    _check_length(config, {"student": student, "teacher": teacher, **others})
+    task = _task(config, {"student": student, "teacher": teacher, **others})
+    check_context(config, place, {"student": student, **others})
     check_context(config, teacher_place, {"teacher": teacher})
-    tokenizer = tokenizer_of(config, student, teacher)
+    tokenizer = tokenizer_of(config, student, teacher, *others.values())
     data.check_fits(tokenizer, student.model.config.vocab_size)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
     for name in config.answers.unrelated if config.data.teacher_view else ():
@@ -68,10 +72,14 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         labels=student.model.config.labels,
         room=config.answers.tokens if config.answers.student_share else 0,
         gist=config.student.gist,
+        tells_source=len(shares_SK) > 1,
     )
-    _check_length(config, student, teacher, len(loader.shared))
+    _check_length(config, {"teacher": teacher}, len(loader.shared))
     made = recipe(config, place, student, teacher, brings=None if teacher_place is place else 1.0)
-    return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made)
+    if others:
+        live = [made.signal_of, *(live_teacher(one.model, name=name) for name, one in others.items())]
+        made = replace(made, signal_of=mixed(live, shares_SK))
+    return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made, others)
 
 
 def places(config: Config, devices: Sequence[Any] | None = None) -> tuple[Placement, Placement]:
@@ -86,6 +94,18 @@ def places(config: Config, devices: Sequence[Any] | None = None) -> tuple[Placem
     return found
 
 
+def shares_of(config: Config) -> np.ndarray:
+    """Return what each teacher weighs, by the source of an example: `kdjax.teachers.shares`.
+
+    Raises:
+        UserError: as that does.
+    """
+    every = config.co_teachers
+    weights, sources = [config.teacher_weight], [config.teacher_sources]
+    weights, sources = [*weights, *(one.weight for one in every)], [*sources, *(one.sources for one in every)]
+    return shares(weights, sources, len(config.data.sources))
+
+
 def _shares(config: Config, teacher: Named | None) -> bool:
     """Return whether the teacher reads what its views share once: said, where it cannot."""
     why = "" if teacher is None else teacher.model.config.why_no_prefix
@@ -95,14 +115,15 @@ def _shares(config: Config, teacher: Named | None) -> bool:
     return config.data.share_prefix and not why
 
 
-def _task(config: Config, student: Named, teacher: Named | None) -> Any:
-    """Return what of an example is predicted.
+def _task(config: Config, models: dict[str, Named | None]) -> Any:
+    """Return what of an example is predicted, by the student and its teachers.
 
     Raises:
         UserError: the models are made for other tasks, or have no logits to compare.
     """
+    student: Any = models["student"]
     task = student.model.config.task if config.data.task == "auto" else config.data.task
-    for who, named in (("student", student), ("teacher", teacher)):
+    for who, named in models.items():
         made_for = task if named is None else named.model.config.task
         if made_for != task and (task, made_for) != ("embedding", "masked_lm"):
             raise UserError(
@@ -116,7 +137,7 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
             "answers.student_share wants prompts, and one process: set data.student_view ('{{ prompt }}' is the bare "
             "prompt), and run it in one process, or set answers.student_share to 0"
         )
-    if config.data.teacher_view and teacher is None:
+    if config.data.teacher_view and models["teacher"] is None:
         raise UserError("data.teacher_view is set, but the config has no teacher; name one, or set data.student_view")
     if task == "embedding" and config.objective.logits:
         raise UserError(
@@ -128,14 +149,11 @@ def _task(config: Config, student: Named, teacher: Named | None) -> Any:
     return task
 
 
-def _check_length(config: Config, student: Named, teacher: Named | None, shared: int = 0) -> None:
+def _check_length(config: Config, models: dict[str, Named | None], shared: int = 0) -> None:
     """Check that rows are no longer than the models were made for, the teacher's behind so many shared tokens."""
     own = config.data.teacher_length if config.data.teacher_view else 0
-    lengths = {
-        "student": (student, "sequence_length"),
-        "teacher": (teacher, "teacher_length" if own else "sequence_length"),
-    }
-    for who, (named, setting) in lengths.items():
+    for who, named in models.items():
+        setting = "teacher_length" if own and who == "teacher" else "sequence_length"
         length = getattr(config.data, setting)
         before = shared if who == "teacher" else 0
         if named is not None and before + length > named.model.config.max_positions:
@@ -198,18 +216,20 @@ def _sizes(model: Model) -> Sizes:
     return Sizes(c.layers, c.kv_heads, widths, c.causal)
 
 
-def tokenizer_of(config: Config, student: Named, teacher: Named | None) -> data.Tokenizer:
+def tokenizer_of(config: Config, student: Named, *teachers: Named | None) -> data.Tokenizer:
     """Return the configured tokenizer, or the one that comes with a model, with the configured chat template.
 
     Raises:
         UserError: none, or two that differ.
     """
-    paths = [m.file.tokenizer for m in (teacher, student) if m is not None and m.file is not None and m.file.tokenizer]
+    paths = [
+        m.file.tokenizer for m in (*teachers, student) if m is not None and m.file is not None and m.file.tokenizer
+    ]
     found = [data.load_tokenizer(path) for path in dict.fromkeys(paths)]
     if len({tokenizer.sha256 for tokenizer in found}) > 1:
         raise UserError(
-            f"student and teacher have different tokenizers ({paths[1]}, {paths[0]}): their probabilities are of "
-            "different tokens; use models that share one"
+            f"student and teacher have different tokenizers ({', '.join(map(str, reversed(paths)))}): their "
+            "probabilities are of different tokens; use models that share one"
         )
     if config.data.tokenizer:
         found = [data.load_tokenizer(config.data.tokenizer)]

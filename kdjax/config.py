@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import tyro
 
 from kdjax.checkpoint import CheckpointConfig
-from kdjax.data import DataConfig, system_views
+from kdjax.data import DataConfig, read_prompt, system_views
 from kdjax.errors import UserError, did_you_mean
 from kdjax.losses import ObjectiveConfig
 from kdjax.models.config import ModelSpec
@@ -28,6 +28,7 @@ from kdjax.optim import OptimConfig
 from kdjax.sampling import AnswersConfig
 from kdjax.sharding import MeshConfig, TeacherMeshConfig
 from kdjax.teacher import LabelConfig
+from kdjax.teachers import CoTeacher, why_one
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -54,6 +55,12 @@ class Config:
     """The model that is trained."""
     teacher: ModelSpec | None = None
     """The model that is distilled; none means pre-training."""
+    teacher_weight: float = 1.0
+    """Of the teacher among `co_teachers`."""
+    teacher_sources: tuple[int, ...] = ()
+    """Which of data.sources, counted from 0, the teacher speaks to where it has co-teachers; empty is all."""
+    co_teachers: tuple[CoTeacher, ...] = ()
+    """More teachers, whose distributions are mixed with the teacher's."""
     teacher_follows: Literal["nothing", "average", "student"] = "nothing"
     """Of a student that starts as its teacher: while it trains it is taught by the teacher as it was, by the moving
     average of what the student has been, or by what the student is now. Measured is always against the first."""
@@ -117,6 +124,8 @@ class Config:
             )
         if self.cache and (why := self._why_no_cache()):
             raise UserError(f"cache is {self.cache!r}, but {why}; leave one of both out")
+        if self.co_teachers and (why := why_one(self)):
+            raise UserError(f"co_teachers has {len(self.co_teachers)}, but {why}; leave one of both out")
         if self.answers.by == "teacher" and self.teacher is None:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
@@ -133,12 +142,12 @@ class Config:
             )
         if self.student.quantize != "none" or self.student.offload:
             raise UserError("student.quantize or student.offload is set, but a student is trained; set the teacher's")
-        teacher = self.teacher
-        if teacher and (teacher.trained or teacher.lora.rank or teacher.soft_prompt.tokens or teacher.gist):
-            raise UserError(
-                "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
-                "trained; set the student's"
-            )
+        for teacher in (*filter(None, [self.teacher]), *(one.model for one in self.co_teachers)):
+            if teacher.trained or teacher.lora.rank or teacher.soft_prompt.tokens or teacher.gist:
+                raise UserError(
+                    "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
+                    "trained; set the student's"
+                )
 
     def _why_no_cache(self) -> str:
         """Return why what a teacher says cannot come from a cache; empty where it can."""
@@ -307,18 +316,9 @@ def with_prompt(config: Config) -> Config:
     """
     if not config.prompt_file:
         return config
-    path = Path(config.prompt_file).expanduser()
-    try:
-        prompt = path.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"prompt_file {path} cannot be read: {error}") from None
-    if not prompt.strip():
-        raise UserError(f"prompt_file {path} is empty; write the prompt that is to be distilled into it")
-    views = system_views(prompt)
-    shown = dataclasses.replace(
-        config.data, student_view=views.student, teacher_view=views.teacher, packing="first_fit"
-    )
-    return dataclasses.replace(config, prompt_file="", data=shown)
+    views = system_views(read_prompt(Path(config.prompt_file).expanduser()))
+    own = {"student_view": views.student, "teacher_view": views.teacher, "packing": "first_fit"}
+    return dataclasses.replace(config, prompt_file="", data=dataclasses.replace(config.data, **own))
 
 
 def _join(name: str, field: str) -> str:

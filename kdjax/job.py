@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,12 +39,18 @@ class Job:
     tokenizer: data.Tokenizer
     data: data.Data
     recipe: Recipe
+    co_teachers: Mapping[str, Named] = field(default_factory=dict)
 
     @property
     def keys(self) -> tuple[jax.Array, jax.Array]:
         """Keys of the random parameters of student and teacher: never the same, or a student would start perfect."""
         student, teacher = jax.random.split(jax.random.key(self.config.seed))
         return student, teacher
+
+    @property
+    def teachers(self) -> dict[str, Named]:
+        """The teacher and those beside it, by the names of their frozen trees."""
+        return {} if self.teacher is None else {"teacher": self.teacher, **self.co_teachers}
 
     @property
     def apart(self) -> bool:
@@ -81,6 +87,8 @@ class Job:
         if not self.runs_teacher:
             return {"teacher_head": self.teacher.params(self.place, key, dtype, self.teacher.model.head_part)}
         frozen = {"teacher": (params := self.teacher.params(self.teacher_place, key, dtype))}
+        for number, (name, other) in enumerate(self.co_teachers.items()):
+            frozen[name] = other.params(self.place, jax.random.fold_in(key, number), other.model.dtype)
         if self.data.shared:
             frozen["teacher_prefix"] = self.teacher.prefix(self.teacher_place, params, self.data.shared)
         if self.apart:
@@ -103,7 +111,7 @@ class Job:
 
     def frozen_names(self) -> dict[str, str]:
         """Return the identity of each frozen tree."""
-        names = {} if self.teacher is None else {"teacher": self.teacher.identity(self.config.seed)}
+        names = {name: one.identity(self.config.seed) for name, one in self.teachers.items()}
         return names if self.student.is_whole else names | {"student": self.student.identity(self.config.seed)}
 
     def start(self) -> TrainState:

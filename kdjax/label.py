@@ -112,6 +112,8 @@ def _check(config: Config) -> None:
     """Check what needs no model."""
     if config.teacher is None:
         raise UserError("there is nothing to label: the config has no teacher; name one")
+    if config.co_teachers:
+        raise UserError("a cache is of one teacher, but co_teachers is set; label each alone")
     if config.mesh.placement == "pmap" or config.teacher_mesh.devices:
         raise UserError(
             "labelling runs the teacher alone, placed by jit; set mesh.placement to jit and teacher_mesh.devices to 0"

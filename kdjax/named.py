@@ -168,14 +168,8 @@ def models(
     """
     teacher = None if config.teacher is None else _named(config.teacher, teacher_place or place, open_file, None)
     student = _named(config.student, place, open_file, teacher)
-    if teacher is not None and student.model.config.vocab_size != teacher.model.config.vocab_size:
-        sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
-        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
-    if teacher is not None and student.model.config.labels != teacher.model.config.labels:
-        sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
-        raise UserError(f"the student tells {sizes}; wanted the same classes")
-    if teacher is not None and teacher.file is None and teacher.spec.quantize != "none":
-        raise UserError("teacher.quantize is set, but its source is 'random'; name a model")
+    if teacher is not None:
+        _check_pair(student, teacher)
     if student.file is not None:
         student.file.check_plain()
     if not student.is_whole or student.spec.gist:
@@ -185,6 +179,30 @@ def models(
             raise UserError(f"{why}, but its source is 'random'; name a model")
         lora.check(student.spec, student.file.tensors)
     return student, teacher
+
+
+def co_teachers(config: Config, place: Placement, student: Named, open_file: Open = open_model) -> dict[str, Named]:
+    """Return the teachers beside the first, which lie where the student does, by the names of their frozen trees.
+
+    Raises:
+        UserError: as `models` does.
+    """
+    found = {f"co_teacher_{n}": _named(one.model, place, open_file, None) for n, one in enumerate(config.co_teachers)}
+    for one in found.values():
+        _check_pair(student, one)
+    return found
+
+
+def _check_pair(student: Named, teacher: Named) -> None:
+    """Check that what a teacher says is of what the student predicts."""
+    if student.model.config.vocab_size != teacher.model.config.vocab_size:
+        sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
+        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
+    if student.model.config.labels != teacher.model.config.labels:
+        sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
+        raise UserError(f"the student tells {sizes}; wanted the same classes")
+    if teacher.file is None and teacher.spec.quantize != "none":
+        raise UserError("teacher.quantize is set, but its source is 'random'; name a model")
 
 
 def is_offloaded(path: str, leaf: Any) -> bool:

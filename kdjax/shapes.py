@@ -87,6 +87,7 @@ class Batch:
         ce_weight_BR: weight of the cross entropy to the target, float32; 0 leaves the row out.
         kd_weight_BR: weight of the divergence to the teacher, float32.
         signal: what the teacher says, when the batch brings it along (a cache); None with a live teacher.
+        source_BR: which of the data's sources the example is of, int32; None where no teacher is chosen by it.
     """
 
     student: View
@@ -97,6 +98,7 @@ class Batch:
     teacher: View | None = None
     teacher_rows_BR: Array | None = None
     signal: Any = None
+    source_BR: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -132,8 +132,8 @@ def suited(text: DataConfig, config: ModelConfig, rows: int) -> DataConfig:
 def _loader(file: ModelFile, text: DataConfig, batch_size: int) -> data.Data:
     tokenizer = data.load_tokenizer(_tokenizer(file))
     data.check_fits(tokenizer, file.config.vocab_size)
-    facts = {"start_token": file.config.start_token, "labels": file.config.labels}
-    return data.build(text, tokenizer, batch_size=batch_size, **facts)
+    c = file.config
+    return data.build(text, tokenizer, batch_size=batch_size, start_token=c.start_token, labels=c.labels)
 
 
 def cut_vocabulary(file: ModelFile, size: int, text: DataConfig, rows: int, directory: Path) -> ModelFile:

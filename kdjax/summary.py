@@ -98,7 +98,8 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
         "notes": config.notes,
     }
     if job.teacher is not None and job.runs_teacher:
-        figures["tokens_per_second_teacher"] = forward_speed(job.teacher.model, frozen["teacher"], view)
+        speeds = [forward_speed(one.model, frozen[name], view) for name, one in job.teachers.items()]
+        figures["tokens_per_second_teacher"] = 1 / sum(1 / speed for speed in speeds)
     return figures
 
 
@@ -128,9 +129,9 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
         "environment": describe(),
     }
     if job.teacher is not None:
-        of_teacher = jax.eval_shape(job.teacher.model.init, job.keys[1])
-        facts |= {"teacher": job.teacher.name, "parameters_teacher": parameter_count(of_teacher)}
-        facts |= {"bytes_teacher": byte_count(frozen["teacher"])} if job.runs_teacher else {}
+        counts = [parameter_count(jax.eval_shape(one.model.init, job.keys[1])) for one in job.teachers.values()]
+        facts |= {"teacher": " + ".join(one.name for one in job.teachers.values()), "parameters_teacher": sum(counts)}
+        facts |= {"bytes_teacher": sum(byte_count(frozen[name]) for name in job.teachers)} if job.runs_teacher else {}
     return facts | named_figures(looks.get(0, {}), "before")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from jax import lax
 from kdjax.errors import UserError
 from kdjax.losses import of_head, sample, top_k
 from kdjax.models import Model
-from kdjax.shapes import AnySignal, Array, Batch, Sampled, Signal, TopK, in_parts
+from kdjax.shapes import AnySignal, Array, Batch, Mixture, Sampled, Signal, TopK, in_parts
 
 SignalOf = Callable[[Any, Batch], AnySignal | None]
 """``signal_of(frozen, microbatch)``: called inside the microbatch loop."""
@@ -31,25 +31,45 @@ def no_teacher(frozen: Any, batch: Batch) -> None:
     return None
 
 
-def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = None) -> SignalOf:
-    """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen["teacher"]``.
+def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = None, name: str = "teacher") -> SignalOf:
+    """Return the signal of a teacher that is run on every microbatch; its parameters are ``frozen[name]``.
 
     What stands before every example that it sees is ``frozen["teacher_prefix"]``, if there is that.
 
     Args:
         model: the teacher.
         layers: tap -> the layers of it that the signal brings along.
+        name: of its frozen tree.
     """
     layers = layers or {}
 
     def signal_of(frozen: Any, batch: Batch) -> Signal:
-        params, prefix = lax.stop_gradient((frozen["teacher"], frozen.get("teacher_prefix")))
+        params, prefix = lax.stop_gradient((frozen[name], frozen.get("teacher_prefix")))
         view = batch.student if batch.teacher is None else batch.teacher
         rows_BR = batch.student_rows_BR if batch.teacher_rows_BR is None else batch.teacher_rows_BR
         output = model.apply(params, view, taps=tuple(layers), prefix=prefix)
         taps = {name: jnp.stack([output.taps[name][i] for i in numbers]) for name, numbers in layers.items()}
         hidden_ND, taps = lax.stop_gradient((pick_rows(output.hidden_BTD, rows_BR), taps))
         return Signal(hidden_ND, model.head(params), taps)
+
+    return signal_of
+
+
+def mixed(signals_of: Sequence[SignalOf], shares_SK: Array) -> SignalOf:
+    """Return what several teachers say as one: each is run on every microbatch, and weighs what its share is there.
+
+    Args:
+        signals_of: of each teacher, the hidden states and head.
+        shares_SK: what each weighs for the examples of each source, `Batch.source_BR`; one row is that of all.
+    """
+
+    def signal_of(frozen: Any, batch: Batch) -> Mixture:
+        signals: Any = tuple(of(frozen, batch) for of in signals_of)
+        source_BR: Any = batch.source_BR
+        weights_SK = jnp.asarray(shares_SK)
+        if len(shares_SK) == 1:
+            return Mixture(signals, weights_SK[0])
+        return Mixture(signals, jnp.take(weights_SK, source_BR.reshape(-1), axis=0, mode="clip"))
 
     return signal_of
 

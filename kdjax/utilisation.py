@@ -31,8 +31,8 @@ def peak(device_kind: str, dtype: str) -> float:
 
 def flops_of(job: Job) -> Flops:
     """Return the FLOPs of a job's step; a teacher whose says come from a cache has none."""
-    teacher = job.teacher.model.config if job.teacher and job.runs_teacher else None
-    return step_flops(job.config, job.student.model.config, teacher)
+    teachers = job.teachers if job.runs_teacher else {}
+    return step_flops(job.config, job.student.model.config, *(one.model.config for one in teachers.values()))
 
 
 def teachers_share(flops: Flops) -> float:

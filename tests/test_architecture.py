@@ -20,7 +20,7 @@ FLOORS = (
         | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation", "label", "labelled"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
-    ("parts", {"models", "data", "losses", "prompts", "teacher", "generate", "sampling"}),
+    ("parts", {"models", "data", "losses", "prompts", "teacher", "teachers", "generate", "sampling"}),
     (
         "tools",
         {

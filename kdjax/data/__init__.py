@@ -6,7 +6,7 @@ from kdjax.data.packing import Asked, examples_of, in_rows, reanswered, rows_of
 from kdjax.data.pipeline import Data, build, merge_states
 from kdjax.data.questions import Question, check_text, encode_prompt, questions
 from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer, with_template
-from kdjax.data.views import SCRATCHPAD, system_views
+from kdjax.data.views import SCRATCHPAD, read_prompt, system_views
 from kdjax.data.vocabulary import trim_tokenizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "questions",
     "reanswered",
     "rows_of",
+    "read_prompt",
     "system_views",
     "trim_tokenizer",
     "with_template",

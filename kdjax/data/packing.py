@@ -19,8 +19,9 @@ from kdjax.shapes import Batch, View
 
 Row = Mapping[str, np.ndarray]
 """`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length;
-maybe `targets`; and the first three of an encoder's `inputs`, all four of a teacher's own view, `teacher_tokens`. Out
-of a cache also what the teacher said at each compared position, in their order, under names that begin with `SAID`."""
+maybe `targets`, and the `source` of each token; the first three of an encoder's `inputs`, all four of a teacher's own
+view, `teacher_tokens`. Out of a cache also what the teacher said at each compared position, in their order, under
+names that begin with `SAID`."""
 
 SAID = "said."
 
@@ -86,6 +87,9 @@ def to_batch(rows: Sequence[Row]) -> Batch:
         ce_weight_BR=weight_BR,
         kd_weight_BR=weight_BR,
     )
+    if "source" in rows[0]:
+        source_BR = np.take_along_axis(np.stack([row["source"] for row in rows]), rows_BR, axis=1).astype(np.int32)
+        batch = dataclasses.replace(batch, source_BR=source_BR)
     if said := [name for name in rows[0] if name.startswith(SAID)]:
         brought = {name.removeprefix(SAID): np.stack([row[name] for row in rows]) for name in said}
         batch = dataclasses.replace(batch, signal={"said": brought, "taps": {}})

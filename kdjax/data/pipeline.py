@@ -167,6 +167,7 @@ def build(
     labels: int = 0,
     room: int = 0,
     gist: int = 0,
+    tells_source: bool = False,
 ) -> Data:
     """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
 
@@ -180,6 +181,7 @@ def build(
         labels: how many classes a classifier tells apart.
         room: tokens that each answer to a view has room for at least, so that it can be given anew.
         gist: places of the student's gist.
+        tells_source: whether batches say which source each example is of.
 
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
@@ -209,7 +211,10 @@ def build(
         shared = shared_tokens(sources, [*split.train, split.held_out], config, tokenizer, facts.views)
         facts = dataclasses.replace(facts, shared=shared)
     encode = _encoder(sources, config, facts, documents)
-    held_out = _evaluation_rows(split.held_out, encode, config)
+    lengths = config.lengths
+    if tells_source:
+        encode, lengths = _telling_source(encode), lengths | {"source": lengths["tokens"]}
+    held_out = _evaluation_rows(split.held_out, encode, config, lengths)
     identity = {
         **{name: getattr(config, name) for name in ("task", "packing", "sequence_length", "seed", "split_seed")},
         **{name: getattr(config, name) for name in ("mask_fraction", "target_length")},
@@ -221,7 +226,7 @@ def build(
     }
     return Data(
         layout=layout,
-        shard=functools.partial(_shard, groups, layout.shards, encode, config),
+        shard=functools.partial(_shard, groups, layout.shards, encode, config, lengths),
         held_out=held_out,
         identity=identity,
         train_documents=documents,
@@ -232,7 +237,24 @@ def build(
     )
 
 
-def _shard(groups: Sequence[Rows], shards: int, encode: Encode, config: DataConfig, number: int) -> grain.IterDataset:
+def _telling_source(encode: Encode) -> Encode:
+    """Return the map with the number of its source at each token."""
+
+    def told(place: Place, random: np.random.Generator) -> dict[str, np.ndarray] | None:
+        encoded = encode(place, random)
+        return encoded and encoded | {"source": np.full(len(encoded["tokens"]), place[0], np.int32)}
+
+    return told
+
+
+def _shard(
+    groups: Sequence[Rows],
+    shards: int,
+    encode: Encode,
+    config: DataConfig,
+    lengths: Mapping[str, int],
+    number: int,
+) -> grain.IterDataset:
     """Return the endless packed rows of one shard. Each epoch deals all documents anew, each to one shard."""
     parts = [
         grain.MapDataset.source(Places(group)).shuffle(seed=_seed(config.seed, stream))[number::shards].repeat()
@@ -240,7 +262,7 @@ def _shard(groups: Sequence[Rows], shards: int, encode: Encode, config: DataConf
     ]
     mixed = grain.MapDataset.mix(parts, config.weights) if config.weights else parts[0]
     drawn = mixed.seed(_seed(config.seed, -1 - number)).random_map(encode)
-    return packing.pack(drawn, config.packing, config.lengths, _seed(config.seed, len(groups) + number))
+    return packing.pack(drawn, config.packing, lengths, _seed(config.seed, len(groups) + number))
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -293,11 +315,11 @@ def _check_lengths(encoded: Mapping[str, np.ndarray], config: DataConfig) -> Non
             )
 
 
-def _evaluation_rows(held_out: Rows, encode: Encode, config: DataConfig) -> list[Row]:
+def _evaluation_rows(held_out: Rows, encode: Encode, config: DataConfig, lengths: Mapping[str, int]) -> list[Row]:
     if not len(held_out):
         return []
     drawn = grain.MapDataset.source(Places(held_out)).seed(_seed(config.split_seed, 0)).random_map(encode)
-    rows = packing.pack(drawn, config.packing, config.lengths)
+    rows = packing.pack(drawn, config.packing, lengths)
     wanted = max(1, config.eval_tokens // config.sequence_length)
     if not (found := list(itertools.islice(rows, wanted))):
         raise UserError("every held-out row is too long to evaluate on; raise data.sequence_length")

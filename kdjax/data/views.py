@@ -109,6 +109,21 @@ def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tup
     return student, _seen("teacher", views.teacher, example, tokenizer)[0] if views.teacher else student
 
 
+def read_prompt(path: Path) -> str:
+    """Return the prompt in a file.
+
+    Raises:
+        UserError: the file cannot be read, or is empty.
+    """
+    try:
+        prompt = path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"prompt_file {path} cannot be read: {error}") from None
+    if not prompt.strip():
+        raise UserError(f"prompt_file {path} is empty; write the prompt that is to be distilled into it")
+    return prompt
+
+
 def system_views(prompt: str) -> Views:
     """Return the views of a prompt: the teacher has it as the system's turn before the row's, the student only that."""
     turns = '{"role": "user", "content": prompt}'

@@ -88,7 +88,7 @@ RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}
 """`ModelSpec.remat` -> how often the backward pass computes matmuls with weights, and attention, again."""
 
 
-def step_flops(config: Config, student: ModelConfig, teacher: ModelConfig | None) -> Flops:
+def step_flops(config: Config, student: ModelConfig, *teachers: ModelConfig) -> Flops:
     """Return the FLOPs of a step; attention is counted whole where it is done, and by its mask where it is useful."""
     data, rows = config.data, config.batch_size
     tokens = (data.target_length or data.sequence_length) if student.encoder_layers else data.sequence_length
@@ -100,10 +100,10 @@ def step_flops(config: Config, student: ModelConfig, teacher: ModelConfig | None
     columns = student.labels or student.vocab_size
     head = 2.0 * rows * tokens * columns if config.objective.logits else 0.0
     loss, taught, taught_seen = 3 * head * student.width, 0.0, 0.0
-    if teacher is not None and config.objective.needs_teacher:
+    for teacher in teachers if config.objective.needs_teacher else ():
         length = (data.teacher_length or tokens) if data.teacher_view else tokens
         its = forward(teacher, rows, length, data.sequence_length)
-        taught, taught_seen = its.weights + its.attention, its.weights + its.seen
+        taught, taught_seen = taught + its.weights + its.attention, taught_seen + its.weights + its.seen
         loss += head * teacher.width
     return Flops(
         teacher=taught,

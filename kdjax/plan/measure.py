@@ -126,8 +126,7 @@ def told(job: Job, machine: Machine, made: Sequence[Compiled] | None, price: flo
     held, sizes = _held(job), sizes_of(job, kind)
     kept = sum(held[name] for name in held if name not in ("trained", "host"))
     estimated = kept + work_bytes(job, sizes, held["trained"])
-    teacher = None if job.teacher is None else job.teacher.model.config
-    flops = step_flops(config, job.student.model.config, teacher)
+    flops = step_flops(config, job.student.model.config, *(one.model.config for one in job.teachers.values()))
     found = None if compiled is None else compiled.found
     apart = _apart(job, machine, flops, made[-1] if made and len(made) > 1 else None) if job.apart else None
     times = estimate(

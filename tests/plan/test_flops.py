@@ -78,8 +78,8 @@ def test_an_encoder_decoder_is_both_stacks_and_the_attention_between():
 
 def test_frozen_weights_take_no_gradient():
     config = Config(student=ModelSpec(architecture=SMALL), data=DataConfig(sequence_length=8))
-    whole = step_flops(config, SMALL, None)
-    adapted = step_flops(replace(config, student=ModelSpec(architecture=SMALL, lora=Lora(rank=2))), SMALL, None)
+    whole = step_flops(config, SMALL)
+    adapted = step_flops(replace(config, student=ModelSpec(architecture=SMALL, lora=Lora(rank=2))), SMALL)
     assert whole.student - adapted.student == forward(SMALL, 8, 8).weights
     assert trained_share(ModelSpec(lora=Lora(rank=2), trained=("final_norm",))) == 1.0
 
