@@ -215,7 +215,6 @@ def measure(config: Config, names: Sequence[str], pythons: Mapping[str, str], ro
         if not engines:
             raise UserError(f"none of {', '.join(names)} runs here")
         try:
-            before = {name: harness.peak_of(engine.process.pid) for name, engine in engines.items()}
             runs: dict[str, Callable[[], Any]] = {name: engine.step for name, engine in engines.items()}
             variants = [
                 harness.Variant(name, run, rounds, 1.0, meter=harness.unmetered)
@@ -236,7 +235,6 @@ def measure(config: Config, names: Sequence[str], pythons: Mapping[str, str], ro
             "ratio": harness.ratio(trials[name], trials["kdjax"]) if ours else None,
             "floor_seconds": flops.useful / rate,
             "matmul_flops_per_second": rate,
-            "start_peak_bytes": before[name],
             "peak_bytes": after[name],
         }
         for name, engine in engines.items()

@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -131,8 +130,7 @@ def training(config: Config, documents: int) -> Training:
     if config.teacher is None:
         raise UserError("there is no teacher in the config; the step is that of distillation")
     config = replace(config, teacher=of_sizes(config.teacher), student=of_sizes(config.student))
-    nothing: Any = SimpleNamespace(shared=())
-    job = replace(abstract_job(config, jax.devices()), data=nothing)
+    job = abstract_job(config, jax.devices())
     made = Training(job, job.frozen(), random_batch(config, documents), job.start())
     made.step()
     made.step()

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -60,11 +59,9 @@ def job_of(config: Config) -> Job:
         raise UserError("mesh.placement is 'pmap'; a teacher that runs alone is placed by 'jit'")
     student, sizes = step.of_sizes(config.student), step.of_sizes(config.teacher)
     try:
-        job = abstract_job(replace(config, student=student), jax.devices(), open_model)
+        return abstract_job(replace(config, student=student), jax.devices(), open_model)
     except UserError:
-        job = abstract_job(replace(config, student=student, teacher=sizes), jax.devices())
-    nothing: Any = SimpleNamespace(shared=())
-    return replace(job, data=nothing)
+        return abstract_job(replace(config, student=student, teacher=sizes), jax.devices())
 
 
 def log_partition(teacher: Named, microbatches: int) -> Callable[[Any, Batch], dict[str, Any]]:

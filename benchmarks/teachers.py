@@ -38,7 +38,7 @@ RECIPE = harness.ROOT / "configs" / "quickstart.py"
 TEACHERS: dict[str, LabelConfig | None] = {
     "live": None,
     "hidden state, bfloat16": LabelConfig("hidden"),
-    "top-64, 16 bits": LabelConfig("topk"),
+    "top-64, 16 bits": LabelConfig("topk", bits=16),
     "12 draws, 8 bits": LabelConfig("sampled", bits=8),
 }
 """Name -> what is kept; None is run at every step."""

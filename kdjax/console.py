@@ -362,7 +362,10 @@ def cache_table(found: Mapping[str, Any]) -> RenderableType:
     }
     if "verified_rows" in found:
         worst, rows = found["largest_difference"], count(found["verified_rows"])
-        lines["asked anew"] = f"{rows} rows; the teacher's says differ by {worst:.2g} at most"
+        others = count(found["tokens_of_other_entries"])
+        lines["asked anew"] = (
+            f"{rows} rows; what it says differs by {worst:.2g} at most, other entries at {others} tokens"
+        )
     shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column(style="dim", no_wrap=True)
     shown.add_column(overflow="fold")

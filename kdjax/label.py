@@ -155,7 +155,7 @@ def kept_of(config: Config) -> dict[str, dict[str, Any]]:
     temperature = 1.0 if config.label.kind == "hidden" else temperature_of(config)
     found = {"train": (config.label, temperature), "held_out": (HELD_OUT, 1.0)}
     return {
-        split: {"kind": how.kind, "picks": how.entries, "bits": how.bits, "temperature": at}
+        split: {"kind": how.kind, "picks": how.entries, "bits": how.kept_bits, "temperature": at}
         for split, (how, at) in found.items()
     }
 
@@ -336,7 +336,7 @@ def verified(directory: Path, batches: int) -> dict[str, Any]:
     job = build(config, answered(config, directory))
     if different := differences_of(cache.manifest["settings"], _wanted(job)["settings"]):
         raise UserError(f"{directory}: the cache's -> today's: {'; '.join(different[:4])}")
-    frozen, wanted, worst = job.frozen_teacher(), _wanted(job), 0.0
+    frozen, wanted, worst, others = job.frozen_teacher(), _wanted(job), 0.0, 0
     kind, settings = cache.settings("train")
     speak = _speaker(job, wanted["kept"]["train"])
     some = list(islice(job.data.rows(), min(batches, wanted["batches"])))
@@ -345,6 +345,8 @@ def verified(directory: Path, batches: int) -> dict[str, Any]:
         now, then = of_record(content, kind, settings), cache.row("train", index)
         if any(not np.array_equal(now[name], then[name]) for name in now if not name.startswith(SAID)):
             raise UserError(f"{directory}: row {index} has other tokens than the data gives today; label anew")
+        entries = [np.sort(one.get(f"{SAID}ids", np.zeros((1, 1)))) for one in (now, then)]
+        others += int(np.any(entries[0] != entries[1], axis=1).sum())
         name = f"{SAID}{'hidden' if kind == 'hidden' else 'log_probs'}"
         worst = max(worst, float(np.abs(now[name].astype(np.float32) - then[name].astype(np.float32)).max()))
-    return {"verified_rows": len(fresh), "largest_difference": worst}
+    return {"verified_rows": len(fresh), "largest_difference": worst, "tokens_of_other_entries": others}

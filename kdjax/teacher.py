@@ -92,9 +92,9 @@ class LabelConfig:
     had at any temperature."""
     picks: int = 0
     """topk: entries of a token; sampled: draws; 0 is 64 and 12."""
-    bits: Literal[8, 16] = 16
+    bits: Literal[0, 8, 16] = 0
     """Of each log-probability, in equal steps from a token's lowest to its highest; of each number of a hidden state:
-    16 is bfloat16, 8 is int8 with a scale a token."""
+    16 is bfloat16, 8 is int8 with a scale a token. 0 is 8, and 16 of hidden states."""
     batches: int = 0
     """How many batches are labelled, those that training would read first; 0 is as many as there are steps."""
     shard_rows: int = 1024
@@ -108,6 +108,11 @@ class LabelConfig:
                 raise UserError(f"label.{name} is {getattr(self, name)}; wanted at least {least}")
         if self.kind == "sampled" and self.picks > 255:
             raise UserError(f"label.picks is {self.picks}; wanted at most 255 draws")
+
+    @property
+    def kept_bits(self) -> int:
+        """Bits of a number."""
+        return self.bits or (16 if self.kind == "hidden" else 8)
 
     @property
     def entries(self) -> int:

@@ -51,7 +51,7 @@ def written(plain, tmp_path_factory):
     home = tmp_path_factory.mktemp("caches")
     kinds = {
         "hidden": LabelConfig("hidden", 0, 16),
-        "topk": LabelConfig("topk", 264),
+        "topk": LabelConfig("topk", 264, 16),
         "sampled": LabelConfig("sampled"),
     }
     found = {}
@@ -207,7 +207,11 @@ def test_a_shard_that_is_cut_or_changed_is_named_and_written_anew(written, tmp_p
         open_cache(own)
     label(labelled, own)
     assert files(own) == wanted and inspected(own)["damaged"] == []
-    assert verified(own, 2) == {"verified_rows": 32, "largest_difference": 0.0}
+    assert verified(own, 2) == {
+        "verified_rows": 32,
+        "largest_difference": 0.0,
+        "tokens_of_other_entries": 0,
+    }
 
 
 def test_what_is_written_stays_where_the_disk_is_full(written, tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -35,8 +33,7 @@ def main() -> None:
         optim=OptimConfig(learning_rate=asked.learning_rate, schedule="constant", b2=asked.b2, clip_norm=0.0),
         batch_size=asked.batches_NBT.shape[1],
     )
-    nothing: Any = SimpleNamespace(shared=())
-    job = replace(abstract_job(config, jax.devices()), data=nothing)
+    job = abstract_job(config, jax.devices())
     batches = map(partial(batch_of, documents=1), asked.batches())
     made = Training(job, job.frozen(), next(batches), job.start())
     door.save = lambda directory: export(job.student.model.config, made.state.params["student"], Path(directory), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -53,11 +54,9 @@ def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str],
     student, teacher = models(config, place, teacher_place, opened)
     check_context(config, place, {"student": student})
     check_context(config, teacher_place, {"teacher": teacher})
-    nothing, made = (
-        cast(Any, None),
-        recipe(config, place, student, teacher, 1.0 if teacher_place is not place else None),
-    )
-    return Job(config, place, teacher_place, student, teacher, nothing, nothing, made)
+    made = recipe(config, place, student, teacher, 1.0 if teacher_place is not place else None)
+    no_tokenizer, no_data = cast(Any, None), cast(Any, SimpleNamespace(shared=()))
+    return Job(config, place, teacher_place, student, teacher, no_tokenizer, no_data, made)
 
 
 def _lazy(config: ModelConfig) -> dict[str, Any]:
