@@ -20,6 +20,7 @@ from kdjax.job import Job
 from kdjax.labelled import opened
 from kdjax.losses import ObjectiveConfig
 from kdjax.losses.features import Sizes, init_projections, projections, resolved, tapped
+from kdjax.losses.schedules import ends
 from kdjax.models import Model
 from kdjax.named import Named, co_teachers, models, prompted
 from kdjax.sharding import Placement, placements
@@ -40,6 +41,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     Raises:
         UserError: whatever of the config cannot be.
     """
+    _check_own_samples(config)
     place, teacher_place = places(config)
     student, teacher = models(config, place, teacher_place)
     others = co_teachers(config, place, student)
@@ -92,6 +94,25 @@ def places(config: Config, devices: Sequence[Any] | None = None) -> tuple[Placem
     for place in found:
         place.check_batch(config.batch_size, config.microbatches)
     return found
+
+
+def _check_own_samples(config: Config) -> None:
+    """Check that what is right in the mean over the student's own tokens is asked of these, drawn as it says."""
+    how = config.answers.sampling
+    for term in config.objective.all_terms:
+        if not term.of_own_samples:
+            continue
+        if config.answers.student_share < 1:
+            raise UserError(
+                f"{term.chosen.name} is right only for what the student says itself, but answers.student_share is "
+                f"{config.answers.student_share:g}; set it to 1, or take reverse_kl, which is right for any text"
+            )
+        if ends(term.temperature, "temperature") != (how.temperature,) * 2 or how.top_k or how.top_p < 1 or how.min_p:
+            raise UserError(
+                f"{term.chosen.name} at temperature {term.temperature} wants tokens drawn at that temperature from the "
+                f"whole vocabulary, but answers.sampling is {how}; give both one temperature, without top_k, top_p or "
+                "min_p"
+            )
 
 
 def shares_of(config: Config) -> np.ndarray:

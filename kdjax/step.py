@@ -12,10 +12,11 @@ import optax
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses import FEATURES, Feature, ObjectiveConfig, Shard, fused_kd_loss, one_device
+from kdjax.losses import FEATURES, TO_GO, Feature, ObjectiveConfig, Shard, fused_kd_loss, log_ratios, one_device, to_go
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
+from kdjax.losses.schedules import ends
 from kdjax.models import Model, lora
-from kdjax.shapes import AnySignal, Array, Batch, Signal, in_parts
+from kdjax.shapes import AnySignal, Array, Batch, Head, Signal, in_parts
 from kdjax.teacher import SignalOf, pick_rows
 
 
@@ -145,14 +146,16 @@ def _loss_of(
     """Return the loss and its parts, of what both models say."""
     features, loss, parts = recipe.objective.features, jnp.zeros(()), {}
     if recipe.objective.logits:
+        hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
         loss, parts = fused_kd_loss(
-            pick_rows(output.hidden_BTD, batch.student_rows_BR),
-            recipe.model.head(student),
+            hidden_ND,
+            head,
             signal,
             batch.targets_BR.reshape(-1),
             batch.ce_weight_BR.reshape(-1),
             batch.kd_weight_BR.reshape(-1),
             recipe.objective,
+            token_weights=_to_go(recipe, hidden_ND, head, signal, batch),
             progress=progress,
             shard=recipe.shard,
         )
@@ -163,6 +166,19 @@ def _loss_of(
         return loss, parts
     sums = feature_sums(recipe, params, batch, output.taps, signal, token_weight)
     return loss + sum(feature.weight * sums[name] for name, feature in named(features).items()), parts | sums
+
+
+def _to_go(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch: Batch) -> dict[str, Array]:
+    """Return the token weights that come from the rest of each answer, where a term asks for one."""
+    asked = [term for term in recipe.objective.all_terms if term.token_weight in TO_GO]
+    if not asked:
+        return {}
+    temperature = ends(asked[0].temperature, "temperature")[0]
+    how: Any = {"temperature": temperature, "shard": recipe.shard}
+    ratio_N = log_ratios(hidden_ND, head, signal, batch.targets_BR.reshape(-1), recipe.objective, **how)
+    segment_BR = jnp.take_along_axis(batch.student.segment_BT, batch.student_rows_BR, axis=1)
+    found = to_go(ratio_N.reshape(segment_BR.shape), batch.kd_weight_BR, segment_BR)
+    return {term.token_weight: found[term.token_weight].reshape(-1) for term in asked}
 
 
 def feature_sums(

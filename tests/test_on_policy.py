@@ -3,10 +3,14 @@
 # ruff: noqa: F811
 
 from dataclasses import replace
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from jax import lax
 from test_build import config, directory, exported, refused  # noqa: F401
 from test_context import made  # noqa: F401
 
@@ -15,9 +19,10 @@ from kdjax.build import build
 from kdjax.data.packing import to_batch
 from kdjax.errors import UserError
 from kdjax.generate import generate
+from kdjax.losses import ObjectiveConfig, Term
 from kdjax.on_policy import is_students, reanswered
 from kdjax.sampling import AnswersConfig, Sampling
-from kdjax.step import student_params
+from kdjax.step import gradient, student_params
 from kdjax.train import train
 
 home = tiny_run.home
@@ -61,6 +66,71 @@ def test_the_students_own_answers_stand_in_both_views(job):
     again, other = (reanswered(job, state, frozen, batch, step).targets_BR for step in (3, 4))
     np.testing.assert_array_equal(again, new.targets_BR)
     assert (other != again).any()
+
+
+MINILLM = ObjectiveConfig(alpha=0.0, terms=(Term("reverse_kl"), Term("likelihood_ratio", token_weight="mean_to_go")))
+
+
+def test_what_an_answer_goes_on_with_weighs_each_of_its_tokens(made):
+    """The gradient of an answered batch, prompts and answers packed, against plain loops over whole logits."""
+    own = AnswersConfig(student_share=1.0, tokens=8, sampling=Sampling(1.0))
+    job = build(replace(made, answers=own, objective=MINILLM))
+    state, frozen = job.start(), job.frozen()
+    noise = iter(jax.random.split(jax.random.key(0), 100))
+    moved = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape), state.params["student"])
+    state = replace(state, params=state.params | {"student": moved})
+    batch = reanswered(job, state, frozen, first(job), 0)
+    got, parts = jax.jit(partial(gradient, job.recipe))(state, *job.given(frozen, batch, trains=True))
+
+    def log_probs(model, params, view, rows_BR):
+        hidden_BTD = model.apply(params, view).hidden_BTD
+        hidden_BRD = hidden_BTD[np.arange(len(rows_BR))[:, None], rows_BR]
+        return jax.nn.log_softmax(hidden_BRD @ model.head(params).w_DV)
+
+    p_BRV = log_probs(job.teacher.model, frozen["teacher"], batch.teacher, batch.teacher_rows_BR)
+
+    def loss(student):
+        params = student_params(job.recipe, {"student": student}, frozen)
+        q_BRV = log_probs(job.student.model, params, batch.student, batch.student_rows_BR)
+        pick = lambda x: np.take_along_axis(np.asarray(x), batch.targets_BR[:, :, None], 2)[:, :, 0]  # noqa: E731
+        ratio_BR, weight_BR = pick(lax.stop_gradient(q_BRV)) - pick(p_BRV), batch.kd_weight_BR
+        segment_BR = np.take_along_axis(batch.student.segment_BT, batch.student_rows_BR, 1)
+        ahead_BR = np.zeros_like(ratio_BR)
+        for b, r in zip(*np.nonzero(weight_BR), strict=True):
+            same_R = (weight_BR[b] != 0) & (segment_BR[b] == segment_BR[b, r]) & (np.arange(len(weight_BR[b])) > r)
+            ahead_BR[b, r] = ratio_BR[b][same_R].mean() if same_R.any() else 0
+        log_q_BR = jnp.take_along_axis(q_BRV, batch.targets_BR[:, :, None], 2)[:, :, 0]
+        own_BR = (jnp.exp(q_BRV) * (q_BRV - p_BRV)).sum(-1)
+        later_BR = ahead_BR * jnp.exp(log_q_BR - lax.stop_gradient(log_q_BR))
+        return ((own_BR + later_BR) * weight_BR).sum() / weight_BR.sum()
+
+    value, wanted = loss(moved), jax.grad(loss)(moved)
+    assert float(parts["loss"]) == pytest.approx(float(value), rel=1e-4)
+    for ours, theirs in zip(jax.tree.leaves(got["student"]), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+WRONG = {
+    "likelihood_ratio is right only for what the student says itself, but answers.student_share is 0.5": {},
+    "at temperature 1.0 wants tokens drawn at that temperature": {"student_share": 1.0},
+    "without top_k, top_p or min_p": {"student_share": 1.0, "sampling": Sampling(1.0, top_k=5)},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_right_only_for_its_own_words_is_refused_elsewhere(made, said):
+    refused(replace(made, answers=replace(ANSWERS, **WRONG[said]), objective=MINILLM), said)
+
+
+@pytest.mark.slow
+def test_minillm_and_sampled_reverse_kl_bring_the_student_nearer(made, home):
+    """Both end nearer to the prompted teacher than they began, by what the student says alone."""
+    own = AnswersConfig(student_share=1.0, tokens=8, sampling=Sampling(1.0))
+    sampled = ObjectiveConfig(alpha=0.0, divergence="sampled_reverse_kl")
+    for name, objective in {"minillm": MINILLM, "sampled": sampled}.items():
+        config = replace(made, answers=own, objective=objective, optim=replace(made.optim, learning_rate=1e-2))
+        summary = train(config, home / name)
+        assert 0 < summary["kl_after"] < summary["kl_before"], name
 
 
 def test_the_student_answers_its_share_of_the_batches(job):

@@ -61,7 +61,7 @@ def _dense(term: Term, temperature, student_NV: Array, teacher: Dense, over: Voc
         teacher_NV = _weighted(teachers, teacher.weights_NK)
     else:
         student_NV, *teachers = [log_softmax(side_NV, over) for side_NV in sides]
-        teacher_NV = _mixed(teachers, teacher.weights_NK)
+        teacher_NV = mixed(teachers, teacher.weights_NK)
     given = {"is_target_NV": is_target_NV, "max_V": over.max_V, "vocab_size": over.size}
     return _diverge(term, student_NV, teacher_NV, over, {name: given[name] for name in term.chosen.row.needs})
 
@@ -81,7 +81,7 @@ def _weighted(logits: list[Array], weights_NK: Array | None) -> Array:
     return sum((weights_NK[:, k, None] * logits_NV for k, logits_NV in enumerate(logits)), jnp.float32(0))
 
 
-def _mixed(logs: list[Array], weights_NK: Array | None) -> Array:
+def mixed(logs: list[Array], weights_NK: Array | None) -> Array:
     """Return log Σ_k w_k·p_k."""
     if weights_NK is None:
         return logs[0]
@@ -240,7 +240,7 @@ def _stats(over: Vocabulary, student_NV: Array, log_NV: Array, teacher: Any, is_
         best_N = over.pick(student_NV, jnp.take_along_axis(teacher.ids_NP, best_N1, axis=1))[:, 0]
         stats["agreement"] = jnp.where(best_N >= over.max_V(student_NV), 1.0, 0.0)
     if isinstance(teacher, Dense):
-        teacher_NV = _mixed([log_softmax(logits_NV, over) for logits_NV in teacher.logits], teacher.weights_NK)
+        teacher_NV = mixed([log_softmax(logits_NV, over) for logits_NV in teacher.logits], teacher.weights_NK)
         both_NV = _is_top(student_NV, over) & _is_top(teacher_NV, over)
         stats |= {
             "teacher_confidence": jnp.exp(over.max_V(teacher_NV)),

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kdjax.errors import UserError, did_you_mean
-from kdjax.losses import compound, sums
+from kdjax.losses import compound, policy, sums
 from kdjax.losses.terms import SumV, kl_terms
 from kdjax.shapes import Array
 
-__all__ = ["DIVERGENCES", "Chosen", "Divergence", "Range", "SumV", "choose", "kl_terms"]
+__all__ = ["DIVERGENCES", "ESTIMATORS", "Chosen", "Divergence", "Range", "SumV", "choose", "kl_terms"]
 
 
 class Range(NamedTuple):
@@ -101,9 +101,10 @@ def choose(text: str) -> Chosen:
     if not parsed:
         raise UserError(f"divergence {text!r} is not understood; wanted NAME or NAME(parameter=number, …)")
     name, inner = parsed.groups()
-    if name not in DIVERGENCES:
-        raise UserError(f"divergence {name!r} is unknown{did_you_mean(name, DIVERGENCES)}")
-    row = DIVERGENCES[name]
+    known = DIVERGENCES | ESTIMATORS
+    if name not in known:
+        raise UserError(f"divergence {name!r} is unknown{did_you_mean(name, known)}")
+    row = known[name]
     pairs = [_parameter(text, name, row, part) for part in (inner or "").split(",") if part.strip()]
     if len({key for key, _ in pairs}) < len(pairs):
         raise UserError(f"{text}: a parameter is given twice; wanted each once")
@@ -184,3 +185,9 @@ DIVERGENCES: dict[str, Divergence] = {
     "mse": Divergence(sums.mse, none, of="logits", needs=("vocab_size",), pointwise=sums.mse_terms),
     "cosine": Divergence(compound.cosine, none, of="logits"),
 }
+
+ESTIMATORS: dict[str, Divergence] = {
+    "sampled_reverse_kl": Divergence(policy.sampled_reverse_kl, squared, needs=("is_target_NV",)),
+    "likelihood_ratio": Divergence(policy.likelihood_ratio, squared, needs=("is_target_NV",)),
+}
+"""What stands in a divergence's place, but is right only in the mean over tokens that the student drew itself."""

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss
-from kdjax.losses.logits import finish, matmul, vocabulary
+from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss, mixed
+from kdjax.losses.logits import finish, log_softmax, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
+from kdjax.losses.policy import TO_GO
 from kdjax.losses.sizes import block_size, chunk_size, product_columns
 from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
 
@@ -253,6 +254,59 @@ def fused_kd_loss(
     if objective.debug:
         parts |= {f"not_finite_{name}": _not_finite(x) for name, x in _looked_at(student_hidden_ND, teacher).items()}
     return loss, parts
+
+
+def log_ratios(
+    student_hidden_ND: Array,
+    student_head: Head,
+    signal: AnySignal | None,
+    targets_N: Array,
+    objective: ObjectiveConfig,
+    temperature: float = 1.0,
+    *,
+    shard: Shard = one_device,
+) -> Array:
+    """Return log q(y) − log p(y) of each target y, without gradient, by logits of a chunk of tokens at a time.
+
+    Args:
+        student_hidden_ND: as `fused_kd_loss` takes them.
+        student_head: likewise.
+        signal: of a teacher, or a mixture, whose logits are whole.
+        targets_N: tokens, int32.
+        objective: its chunk size is used.
+        temperature: that logits are divided by.
+        shard: spreads tokens over a mesh.
+
+    Raises:
+        UserError: a signal without all logits.
+    """
+    if not isinstance(signal, Signal | Mixture):
+        raise UserError(f"{' and '.join(TO_GO)} need all of the teacher's logits; run it live, or keep hidden states")
+    student_head, teacher, heads = _fit(student_hidden_ND, student_head, signal)
+    zeros_N = jnp.zeros(len(targets_N), jnp.float32)
+    tokens = Tokens(student_hidden_ND, teacher, targets_N, zeros_N, zeros_N, {})
+
+    def local(axes: Axes, tokens: Tokens, heads: Heads, temperature: Array) -> tuple[Array, Array, None]:
+        n = len(tokens.targets_N)
+        chunk = chunk_size(objective, n, heads.student.w_DV.shape[1])
+
+        def of_chunk(rows_C: Array) -> Array:
+            some = jax.tree.map(lambda x: jnp.take(x, rows_C, axis=0, mode="clip"), tokens)
+            raw_CV, teachers = _products(some, heads)
+
+            def said(raw_CV: Array, head: Head) -> Array:
+                over = vocabulary(head, axes)
+                logs_CV = log_softmax(finish(raw_CV, head, axes) / temperature, over)
+                return over.pick(logs_CV, some.targets_N[:, None])
+
+            theirs = [said(raw_CV, head) for raw_CV, head in zip(teachers, heads.teachers, strict=True)]
+            return (said(raw_CV, heads.student) - mixed(theirs, some.teacher.weights_NK))[:, 0]
+
+        ratio = lax.map(of_chunk, jnp.arange(n + -n % chunk).reshape(-1, chunk))
+        return jnp.float32(0), ratio.reshape(-1)[:n], None
+
+    found = shard(local, *lax.stop_gradient((tokens, Heads(student_head, heads), jnp.float32(temperature))))
+    return lax.stop_gradient(found[1])
 
 
 def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, Any, tuple[Head, ...]]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdjax.errors import UserError
-from kdjax.losses.divergences import Chosen, choose
+from kdjax.losses.divergences import ESTIMATORS, Chosen, choose
 from kdjax.losses.features import Feature
+from kdjax.losses.policy import TO_GO
 from kdjax.losses.schedules import Value, ends
 
 
@@ -16,13 +17,14 @@ class Term:
     """One divergence of the objective."""
 
     divergence: str = "forward_kl"
-    """A row of kdjax.losses.DIVERGENCES, with parameters if it has any: jsd(beta=0.1)."""
+    """A row of kdjax.losses.DIVERGENCES, with parameters if it has any: jsd(beta=0.1); or of ESTIMATORS, where the
+    student answers itself."""
     temperature: Value = 1.0
     """Softens both distributions: a number, or a schedule such as linear(4, 1)."""
     weight: Value = 1.0
     """Of this term in the sum: a number or a schedule."""
     token_weight: str = ""
-    """Weighs each token besides: a row of kdjax.losses.TOKEN_WEIGHTS, or an array by this name in the batch."""
+    """Weighs each token besides: a row of kdjax.losses.TOKEN_WEIGHTS or TO_GO."""
     scaled: bool = True
     """Multiply by the divergence's own factor (T² for the KLs), so that gradients keep their size as T grows."""
     standardise: bool = False
@@ -42,6 +44,11 @@ class Term:
             if not getattr(self, name) >= 0:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; wanted a cap above 0, or 0 for none")
         chosen = self.chosen
+        if (chosen.name == "likelihood_ratio") != (self.token_weight in TO_GO):
+            raise UserError(
+                f"a term is of {chosen.name} with token_weight {self.token_weight!r}; wanted likelihood_ratio with "
+                f"{' or '.join(TO_GO)}, or neither"
+            )
         if self.clip_entry and chosen.row.pointwise is None:
             raise UserError(
                 f"objective.clip_entry: {chosen.name} is no plain sum over the vocabulary; use clip_token, or a KL"
@@ -51,6 +58,11 @@ class Term:
     def chosen(self) -> Chosen:
         """The divergence's row and parameters."""
         return choose(self.divergence)
+
+    @property
+    def of_own_samples(self) -> bool:
+        """Whether it is right only in the mean over tokens that the student drew."""
+        return self.chosen.name in ESTIMATORS
 
 
 @dataclass(frozen=True)

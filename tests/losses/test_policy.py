@@ -1,0 +1,135 @@
+"""The reverse KL by the student's samples, against the exact gradient over all answers: V = 5, three tokens."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax.errors import UserError
+from kdjax.losses import ObjectiveConfig, Term, fused_kd_loss, log_ratios, to_go
+from kdjax.shapes import Head, Mixture, Signal, TopK
+from kdjax.sharding import MeshConfig, placement
+
+V, LENGTH = 5, 3
+ANSWERS = np.array(list(itertools.product(range(V), repeat=LENGTH)))
+CONTEXTS = [start for length in range(LENGTH) for start in itertools.product(range(V), repeat=length)]
+STATES = np.array([[CONTEXTS.index(tuple(answer[:t])) for t in range(LENGTH)] for answer in ANSWERS])
+"""What each token of each answer comes after, [answers, tokens]: a row of a table of logits."""
+WHOLE = np.ones((len(ANSWERS), LENGTH), np.float32)
+SEGMENT = np.ones((len(ANSWERS), LENGTH), np.int32)
+TERMS = {
+    "per token": (Term("sampled_reverse_kl"),),
+    "with return-to-go": (Term("sampled_reverse_kl"), Term("likelihood_ratio", token_weight="return_to_go")),
+    "single-step decomposition": (Term("reverse_kl"), Term("likelihood_ratio", token_weight="return_to_go")),
+    "whole distribution": (Term("reverse_kl"),),
+}
+LONG = {"with return-to-go", "single-step decomposition"}
+
+
+def table(seed):
+    """The logits of a model after each beginning of an answer."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((len(CONTEXTS), V)), jnp.float32)
+
+
+def log_probs(logits_SV):
+    """Of the tokens of all answers."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_SV)[STATES], ANSWERS[:, :, None], 2)[:, :, 0]
+
+
+def likely(logits_SV):
+    """The probability of each answer."""
+    return jnp.exp(log_probs(logits_SV).sum(1))
+
+
+def exact(student_SV, teacher_SV, is_long):
+    """The KL of whole answers; or Σ_t of each token's, what was said before being given."""
+    gap = log_probs(student_SV) - log_probs(teacher_SV)
+    if is_long:
+        return (likely(student_SV) * gap.sum(1)).sum()
+    p, q = (jax.nn.log_softmax(x)[STATES] for x in (teacher_SV, student_SV))
+    each = (jnp.exp(q) * (q - p)).sum(-1)
+    return (jax.lax.stop_gradient(likely(student_SV))[:, None] * each).sum()
+
+
+def sampled(student_SV, teacher_SV, objective, temperature=1.0, **options):
+    """The loss in the mean over all answers, each as often as the student gives it: hidden states are one-hot."""
+    hidden_ND = jnp.eye(len(CONTEXTS))[STATES.reshape(-1)]
+    head, signal = Head(student_SV, vocab_size=V), Signal(hidden_ND, Head(teacher_SV, vocab_size=V))
+    weight_NT = jax.lax.stop_gradient(likely(student_SV / temperature))[:, None] * WHOLE
+    targets_N, weight_N = jnp.asarray(ANSWERS.reshape(-1)), weight_NT.reshape(-1)
+    ratio_N = log_ratios(hidden_ND, head, signal, targets_N, objective, temperature, **options)
+    weights = {name: x.reshape(-1) for name, x in to_go(ratio_N.reshape(WHOLE.shape), WHOLE, SEGMENT).items()}
+    given = (hidden_ND, head, signal, targets_N, weight_N, weight_N, objective)
+    return fused_kd_loss(*given, token_weights=weights, **options)[0]
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 5}, {"data": 1, "tensor": 5}], ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_the_gradient_is_the_exact_one_over_all_answers(name, mesh):
+    """In the mean over what the student says, each way; also where tokens or the vocabulary lie on five devices."""
+    options = {"shard": placement(MeshConfig(**mesh), jax.devices()[:5]).shard_loss} if mesh else {}
+    student, teacher = table(0), table(1)
+    objective = ObjectiveConfig(alpha=0.0, terms=TERMS[name], chunk_tokens=25)
+    got = jax.jit(jax.grad(lambda s: sampled(s, teacher, objective, **options)))(student)
+    wanted = jax.grad(lambda s: exact(s, teacher, name in LONG))(student)
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    other = jax.grad(lambda s: exact(s, teacher, name not in LONG))(student)
+    assert np.abs(wanted - other).max() > 0.02, "the two gradients differ, so that one is no other"
+
+
+def test_the_value_is_the_divergence_in_the_mean():
+    student, teacher = table(0), table(1)
+    objective = ObjectiveConfig(alpha=0.0, terms=TERMS["per token"])
+    wanted = exact(student, teacher, True)
+    assert float(sampled(student, teacher, objective)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_temperature_is_that_of_both_models():
+    """The gradient of T²·KL of the softened models, over answers drawn from the softened student."""
+    student, teacher, t = table(2), table(3), 2.0
+    terms = tuple(replace(term, temperature=t) for term in TERMS["single-step decomposition"])
+    got = jax.grad(lambda s: sampled(s, teacher, ObjectiveConfig(alpha=0.0, terms=terms), t))(student)
+    wanted = jax.grad(lambda s: t * t * exact(s / t, teacher / t, True))(student)
+    np.testing.assert_allclose(got, wanted, atol=5e-6)
+
+
+def test_what_is_to_go_is_of_the_same_answer_and_counts_what_weighs():
+    x_BR = np.array([[1.0, 2, 3, 4, 5, 0, 7], [1, 1, 1, 1, 1, 1, 1]], np.float32)
+    segment_BR = np.array([[1, 1, 1, 2, 2, 1, 1], [1, 2, 3, 3, 3, 3, 4]])
+    weight_BR = np.array([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    found = to_go(x_BR, weight_BR, segment_BR)
+    np.testing.assert_allclose(found["return_to_go"][0][:5], [5, 3, 0, 5, 0])
+    np.testing.assert_allclose(found["return_to_go"][1], [0, 0, 3, 2, 1, 0, 0])
+    np.testing.assert_allclose(found["mean_to_go"][0][:5], [2.5, 3, 0, 5, 0])
+    np.testing.assert_allclose(found["mean_to_go"][1], [0, 0, 1, 1, 1, 0, 0])
+
+
+def test_ratios_are_those_of_float64_also_of_a_mixture():
+    rng = np.random.default_rng(4)
+    hidden, others = rng.standard_normal((70, 8)), rng.standard_normal((2, 70, 6))
+    w, (first, second), targets = rng.standard_normal((8, 11)), rng.standard_normal((2, 6, 11)), rng.integers(0, 9, 70)
+    head = lambda w: Head(jnp.asarray(w, jnp.float32), vocab_size=9)  # noqa: E731 (two columns are padding)
+    signals = tuple(Signal(jnp.asarray(h, jnp.float32), head(w)) for h, w in zip(others, (first, second), strict=True))
+    mixture = Mixture(signals, jnp.array([0.25, 0.75]))
+
+    def logs(h, w):
+        x = (h @ w)[:, :9] / 1.5
+        return (x - np.logaddexp.reduce(x, axis=1, keepdims=True))[np.arange(70), targets]
+
+    objective = ObjectiveConfig(chunk_tokens=16)
+    given = jnp.asarray(hidden, jnp.float32), head(w)
+    got = log_ratios(*given, mixture, jnp.asarray(targets), objective, 1.5)
+    p = 0.25 * np.exp(logs(others[0], first)) + 0.75 * np.exp(logs(others[1], second))
+    np.testing.assert_allclose(got, logs(hidden, w) - np.log(p), atol=1e-5)
+    sparse = TopK(jnp.zeros((70, 1), jnp.int32), jnp.zeros((70, 1)), jnp.zeros(70))
+    with pytest.raises(UserError, match="return_to_go and mean_to_go need all of the teacher's logits"):
+        log_ratios(*given, sparse, jnp.asarray(targets), objective)
+
+
+def test_terms_that_make_no_sense_are_refused():
+    for wrong in ({"divergence": "likelihood_ratio"}, {"token_weight": "return_to_go"}):
+        with pytest.raises(UserError, match="wanted likelihood_ratio with return_to_go or mean_to_go, or neither"):
+            Term(**wrong)
