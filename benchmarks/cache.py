@@ -1,13 +1,14 @@
 """What a teacher's cache costs and what it keeps: bytes a token beside the gradient's error, and rates of both ways.
 
-COMMAND: python -m benchmarks.cache                     (about 10 minutes on 2 CPU cores)
+COMMAND: python -m benchmarks.cache                     (about 15 minutes on 2 CPU cores)
 
 The gradient is that of forward KL at temperature 1, of all parameters of the student of configs/quickstart.py before
-its first step, on one batch of the documentation; its error is the norm of the difference from the live teacher's,
-over the norm of that. Draws are taken anew with each of some seeds: the error of one, and of the mean gradient over
-all, which falls with their number where draws are unbiased. Bytes are those of whole records, tokens included, before
-they are compressed, and in a shard. The rates are the host's, of packing and of reading batches. Rows go to
-benchmarks/results/cache.jsonl, of which docs/cache.svg is drawn; `python -m benchmarks.readme` makes the table.
+its first step, on one batch of the documentation; its error is the norm of the difference from the live teacher's, over
+the norm of that. Draws are taken anew with each of some seeds: the error of one, and of the mean gradient over all,
+which falls with their number where draws are unbiased. Bytes are those of whole records, tokens included, before they
+are compressed, and in a shard. The gradient's time is that of the whole student's from what is kept, over that of the
+cross entropy alone, median of interleaved rounds. The rates are the host's, of packing and of reading batches. Rows go
+to benchmarks/results/cache.jsonl, of which docs/cache.svg is drawn; `python -m benchmarks.readme` makes the table.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ from kdjax.data.signals import Settings, packed
 from kdjax.job import Job
 from kdjax.losses import ObjectiveConfig
 from kdjax.step import gradient
-from kdjax.teacher import Saying, brought, speaking
+from kdjax.teacher import Saying, brought, no_teacher, speaking
 
 RESULTS = harness.RESULTS / "cache.jsonl"
 PICTURE = harness.ROOT / "docs" / "cache.svg"
 RECIPE = harness.ROOT / "configs" / "quickstart.py"
 SEEDS = 16
+ROUNDS = 7
+"""In which the gradients are timed, one of each kind in turn."""
 READ = 64
 """Batches that are read."""
 PUBLISHED = (114, 300)
@@ -93,6 +96,7 @@ class Bench:
         self.live = self.flat(gradient, self.job.recipe)(self.state, self.frozen, self.job.place.put_batch(self.batch))
         told = replace(self.job.recipe, signal_of=brought(self.job.teacher.model))
         self.of_said = self.flat(gradient, told)
+        self.given: dict[Case, Any] = {}
 
     def flat(self, of: Any, recipe: Any) -> Any:
         """Return what gives a gradient as one vector."""
@@ -136,6 +140,7 @@ class Bench:
             rows = [of_record(content, case.kind, self.settings(case)) for content in records]
             given = self.job.place.put_batch(to_batch(rows))
             gradients.append(self.of_said(self.state, self.head, given))
+            self.given[case] = given
         alone = [self.error([one]) for one in gradients]
         return {
             **case._asdict(),
@@ -147,6 +152,21 @@ class Bench:
             **on_disk(self.job, case, self.settings(case), records, tokens),
             "tokens": tokens,
         }
+
+    def costs(self, rounds: int) -> dict[Case, float]:
+        """Return how long the gradient takes from what was kept of each case, of the cross entropy's alone."""
+        alone = replace(self.job.recipe, signal_of=no_teacher, objective=ObjectiveConfig(alpha=1.0))
+        plain, batch = self.flat(gradient, alone), self.job.place.put_batch(self.batch)
+
+        def variant(name: str, of: Any, *given: Any) -> harness.Variant:
+            run = lambda: of(self.state, *given).block_until_ready()  # noqa: E731
+            run()
+            return harness.Variant(name, run, rounds, 1.0, meter=harness.unmetered)
+
+        variants = [variant("alone", plain, {}, batch)]
+        variants += [variant(str(case), self.of_said, self.head, given) for case, given in self.given.items()]
+        trials = harness.interleave(variants, least=rounds)
+        return {case: harness.ratio(trials[str(case)], trials["alone"]) or 0.0 for case in self.given}
 
 
 def on_disk(job: Job, case: Case, settings: Settings, records: Sequence[bytes], tokens: int) -> harness.Row:
@@ -182,7 +202,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     if not rows:
         return "Not measured yet: `python -m benchmarks.cache` writes the figures that stand here."
     heads = ["kept of a token", "bytes a token", "on disk", "error of the gradient", "of the mean over seeds"]
-    heads += ["packed (tokens/s)", "read (tokens/s)"]
+    heads += ["gradient's time", "packed (tokens/s)", "read (tokens/s)"]
     lines = [f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
     for row in rows:
         mean = f"{percent(row['error_of_mean'])} ({row['seeds']})" if row["seeds"] > 1 else "the same"
@@ -192,6 +212,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             f"{row['disk_bytes_per_token']:,.1f}",
             percent(row["error"]),
             mean,
+            f"{row['gradient_ratio']:.2f}" if "gradient_ratio" in row else "not measured yet",
             *(amount(row[f"{name}_tokens_per_second"]) for name in ("packed", "read")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -254,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         said = f"{case}: {row['bytes_per_token']:.1f} bytes, error {percent(row['error'])}"
         print(said, file=sys.stderr, flush=True)
+    for row, ratio in zip(rows, bench.costs(2 if options.quick else ROUNDS).values(), strict=True):
+        row["gradient_ratio"] = ratio
     if not options.quick:
         options.results.unlink(missing_ok=True)
         harness.append(options.results, rows)

@@ -522,6 +522,7 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
     elif name == "cache":
         some, more, draws = found["rows"]
         assert some["bytes_per_token"] < more["bytes_per_token"] and more["error"] < some["error"]
+        assert all(0.5 < row["gradient_ratio"] < 10 for row in found["rows"])
         assert draws["error_of_mean"] < 0.8 * draws["error"] and draws["seeds"] == 4  # about half
     elif name == "teachers":
         assert found["teacher"] == "12 draws, 8 bits" and 0 < found["bytes_per_token"] < 200
