@@ -45,7 +45,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     place, teacher_place = places(config)
     student, teacher = models(config, place, teacher_place)
     others = co_teachers(config, place, student)
-    shares_SK = shares_of(config)
+    shares_SK = teacher_shares(config)
     _check_length(config, {"student": student, "teacher": teacher, **others})
     task = _task(config, {"student": student, "teacher": teacher, **others})
     check_context(config, place, {"student": student, **others})
@@ -115,7 +115,7 @@ def _check_own_samples(config: Config) -> None:
             )
 
 
-def shares_of(config: Config) -> np.ndarray:
+def teacher_shares(config: Config) -> np.ndarray:
     """Return what each teacher weighs, by the source of an example: `kdjax.teachers.shares`.
 
     Raises:

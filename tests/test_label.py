@@ -4,6 +4,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -212,6 +213,16 @@ def test_a_shard_that_is_cut_or_changed_is_named_and_written_anew(written, tmp_p
         "largest_difference": 0.0,
         "tokens_of_other_entries": 0,
     }
+
+
+def test_other_entries_than_the_teacher_says_today_are_counted(written, tmp_path):
+    """Draws of another seed: of hardly any token all are the same."""
+    own = shutil.copytree(written["sampled"][1], tmp_path / "own")
+    assert verified(own, 1)["tokens_of_other_entries"] == 0
+    saved = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(saved | {"label": saved["label"] | {"seed": 5}}))
+    found = verified(own, 1)
+    assert found["tokens_of_other_entries"] > 0.9 * 16 * 31 and found["largest_difference"] > 0
 
 
 def test_what_is_written_stays_where_the_disk_is_full(written, tmp_path):
