@@ -41,7 +41,7 @@ def first_batch(job):
     return next(job.data.train(None, prefetch=0))[0]
 
 
-def said(job, config):
+def said(job):
     """The gradient of the first batch, its parts, and the batch."""
     state, frozen, batch = job.start(), job.frozen(), first_batch(job)
     gradients, parts = jax.jit(partial(gradient, job.recipe))(state, *job.given(frozen, batch, trains=True))
@@ -62,14 +62,13 @@ def plain_loss(params, job, frozen, batch, shares_NK):
     mixed_BRV = sum(share[..., None] * p for share, p in zip(np.moveaxis(shares_NK, -1, 0), probs, strict=True))
     weight_BR = batch.kd_weight_BR / batch.kd_weight_BR.sum()
     kl_BR = (mixed_BRV * (np.log(mixed_BRV) - log_probs(student, params, t))).sum(-1)
-    ce_BR = -np.take_along_axis(np.eye(264)[batch.targets_BR], np.arange(264)[None, None], 2)
-    ce_BR = (ce_BR * log_probs(student, params, 1.0)).sum(-1)
+    ce_BR = -(np.eye(264)[batch.targets_BR] * log_probs(student, params, 1.0)).sum(-1)
     return (weight_BR * ((1 - OBJECTIVE.alpha) * t**2 * kl_BR + OBJECTIVE.alpha * ce_BR)).sum()
 
 
 def test_the_step_is_that_of_the_plain_mixture_each_source_having_its_own_teachers(several):
     job = build(several)
-    (gradients, parts), (state, frozen, batch) = said(job, several)
+    (gradients, parts), (state, frozen, batch) = said(job)
     wanted_SK = np.array([[1, 2, 0.5], [1, 0, 0.5]]) / [[3.5], [1.5]]
     tokens_BR = np.take_along_axis(batch.student.tokens_BT, batch.student_rows_BR, 1)
     for source, letters in enumerate(("abcdefghij", "KLMNOPQRST")):
@@ -104,7 +103,7 @@ def test_trap_4_several_teachers_lie_anywhere(several, mesh, tmp_path):
 def test_without_sources_all_speak_to_all_and_one_is_as_no_other(several):
     """A teacher and itself, mixed, are that teacher; batches then carry no source."""
     alone = build(replace(several, co_teachers=()))
-    (_, parts), (state, frozen, batch) = said(alone, several)
+    (_, parts), (state, frozen, batch) = said(alone)
     twice = build(replace(several, co_teachers=(CoTeacher(several.teacher, 3.0),)))
     both = twice.frozen() | {"co_teacher_0": frozen["teacher"]}
     assert batch.source_BR is None and first_batch(twice).source_BR is None
