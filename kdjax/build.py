@@ -43,6 +43,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     """
     _check_own_samples(config)
     place, teacher_place = places(config)
+    _check_drawing(config, teacher_place is not place)
     student, teacher = models(config, place, teacher_place)
     others = co_teachers(config, place, student)
     shares_SK = teacher_shares(config)
@@ -100,9 +101,9 @@ def _check_own_samples(config: Config) -> None:
     """Check that what is right in the mean over the student's own tokens is asked of these, drawn as it says."""
     how = config.answers.sampling
     for term in config.objective.all_terms:
-        if not term.of_own_samples:
+        if not term.weighed_by_samples:
             continue
-        if config.answers.student_share < 1:
+        if term.of_own_samples and config.answers.student_share < 1:
             raise UserError(
                 f"{term.chosen.name} is right only for what the student says itself, but answers.student_share is "
                 f"{config.answers.student_share:g}; set it to 1, or take reverse_kl, which is right for any text"
@@ -113,6 +114,22 @@ def _check_own_samples(config: Config) -> None:
                 f"whole vocabulary, but answers.sampling is {how}; give both one temperature, without top_k, top_p or "
                 "min_p"
             )
+
+
+def _check_drawing(config: Config, apart: bool) -> None:
+    """Check that answers can be drawn as the config says."""
+    own = config.answers
+    if own.teacher_share and (config.teacher is None or config.co_teachers or apart):
+        raise UserError(
+            f"answers.teacher_share is {own.teacher_share:g}, which wants one teacher where the student lies; leave "
+            "out co_teachers and teacher_mesh.devices, or set it to 0"
+        )
+    weighs = any(term.weighed_by_samples for term in config.objective.all_terms)
+    if config.mesh.placement == "pmap" and weighs and (own.teacher_share or own.reuse > 1):
+        raise UserError(
+            "tokens that weigh by how likely they were when they were drawn want mesh.placement jit; set that, or "
+            "answers.teacher_share to 0 and answers.reuse to 1"
+        )
 
 
 def teacher_shares(config: Config) -> np.ndarray:
@@ -216,6 +233,7 @@ def recipe(
         adapter_scale=student.adapter_scale,
         teacher_follows=config.teacher_follows,
         average_decay=config.average_decay,
+        clip_ratio=config.answers.clip_ratio,
     )
 
 

@@ -5,10 +5,11 @@ Decoding comes back to the host once in a block of tokens: there text is shown a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,24 @@ BLOCK = 16
 GREEDY = Sampling()
 
 
+class Beside(NamedTuple):
+    """A second model that has a share in what each token is drawn from; it sees the answer behind its own prompt.
+
+    Attributes:
+        model: of the same vocabulary, a decoder.
+        params: its parameters.
+        prompts: as many as the first model's.
+        share: above 0 and below 1: (1 − share)·q + share·p, with p its distribution.
+        prefix: what stands before its prompts.
+    """
+
+    model: Model
+    params: dict
+    prompts: Sequence[Sequence[int]]
+    share: float
+    prefix: Prefix | None = None
+
+
 def generate(
     model: Model,
     params: dict,
@@ -42,16 +61,18 @@ def generate(
     eos_ids: Sequence[int] = (),
     first: int = 0,
     prefix: Prefix | None = None,
+    beside: Beside | None = None,
 ) -> list[list[int]]:
     """Return each prompt's continuation, up to and with the first of `eos_ids`; of an encoder-decoder what it answers.
 
     The prompts are numbered from `first` on, which their draws go by; a `prefix` stands before every prompt.
+    Tokens may be drawn together with a model `beside`.
 
     Raises:
         UserError: for an empty or over-long prompt, a token outside the vocabulary, or a bad sampling value.
     """
     how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_ids": eos_ids, "first": first}
-    blocks = stream(model, params, prompts, **how, prefix=prefix)
+    blocks = stream(model, params, prompts, **how, prefix=prefix, beside=beside)
     rows: list[list[int]] = [[] for _ in prompts]
     for block in blocks:
         for row, new in zip(rows, block, strict=True):
@@ -62,13 +83,26 @@ def generate(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """Where decoding stands: each row's last token, the place of its next one, and how many tokens were chosen."""
+    """Where decoding stands: each row's last token, the place of its next one, and how many tokens were chosen.
+
+    Each model has places and a cache of its own.
+    """
 
     token_B: Array
-    position_B: Array
-    cache: Cache
+    positions_B: tuple[Array, ...]
+    caches: tuple[Cache, ...]
     is_done_B: Array
     number: Array
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is compiled: the models, and how tokens are chosen of what they say."""
+
+    models: tuple[Model, ...]
+    share: float
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
 
 
 def stream(
@@ -82,11 +116,13 @@ def stream(
     eos_ids: Sequence[int] = (),
     first: int = 0,
     prefix: Prefix | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield each prompt's next tokens, at most `BLOCK` a time and none after its end; then the next ones.
 
     A draw depends on the seed, the prompt's number (`first` and after) and the step alone. What all prompts begin with
     is computed once; a `prefix` stands before that. What stands before a gist in prompts is compressed in one pass.
+    Tokens may be drawn together with a model `beside`.
 
     Raises:
         UserError: as `generate` does.
@@ -94,29 +130,39 @@ def stream(
     sampling.check()
     if not prompts:
         return
-    prompts, prefix = _behind_gists(model, params, prompts, prefix)
-    held = slots(params) + (0 if prefix is None else prefix.tokens)
-    check_prompts(model, prompts, max_new_tokens, held)
-    prefix, params = _standing(model, params, prefix), bare(params)
-    params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
+    asked = [Beside(model, params, prompts, 1.0, prefix), *([] if beside is None else [beside])]
+    trees, views, prefixes = zip(*(_read(one, max_new_tokens) for one in asked), strict=True)
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(len(prompts)))
-    if model.config.encoder_layers:
-        start = left_padded([[model.config.start_token]] * len(prompts), unit=1)
-        view = replace(start, encoder=left_padded(prompts, PROMPT_UNIT))
-    else:
-        shared = _shared(model, prompts)
-        prefix = prefix_of(model, params, shared, prefix) if shared else prefix
-        view = left_padded([prompt[len(shared) :] for prompt in prompts], PROMPT_UNIT)
-    how = model, sampling, tuple(eos_ids)
-    state = _prefill(*how, max_new_tokens, params, view, prefix, keys_B)
+    how = _How(tuple(one.model for one in asked), asked[-1].share, sampling, tuple(eos_ids))
+    state = _prefill(how, max_new_tokens, trees, views, prefixes, keys_B)
     new_BN, is_over_B, number = np.asarray(state.token_B)[:, None], np.zeros(len(prompts), bool), 1
     while True:
         yield [[] if over else _until_eos(new, eos_ids) for new, over in zip(new_BN.tolist(), is_over_B, strict=True)]
         is_over_B = np.asarray(state.is_done_B)
         if is_over_B.all() or number == max_new_tokens:
             return
-        state, block_BN = _decode(*how, max_new_tokens, params, state, keys_B)
+        state, block_BN = _decode(how, max_new_tokens, trees, state, keys_B)
         new_BN, number = np.asarray(block_BN)[:, : int(state.number) - number], int(state.number)
+
+
+def _read(asked: Beside, max_new_tokens: int) -> tuple[dict, View, Prefix | None]:
+    """Return a model's parameters as decoding takes them, its view of its prompts, and what stands before all of them.
+
+    Raises:
+        UserError: as `check_prompts` does, or for a gist behind a prefix.
+    """
+    model, params = asked.model, asked.params
+    prompts, prefix = _behind_gists(model, params, asked.prompts, asked.prefix)
+    held = slots(params) + (0 if prefix is None else prefix.tokens)
+    check_prompts(model, prompts, max_new_tokens, held)
+    prefix, params = _standing(model, params, prefix), bare(params)
+    params = jax.tree_util.tree_map_with_path(partial(_cast_matrix, model.dtype), params)
+    if model.config.encoder_layers:
+        start = left_padded([[model.config.start_token]] * len(prompts), unit=1)
+        return params, replace(start, encoder=left_padded(prompts, PROMPT_UNIT)), prefix
+    shared = _shared(model, prompts)
+    prefix = prefix_of(model, params, shared, prefix) if shared else prefix
+    return params, left_padded([prompt[len(shared) :] for prompt in prompts], PROMPT_UNIT), prefix
 
 
 def texts(
@@ -214,28 +260,31 @@ def _until_eos(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
 _standing = jax.jit(Model.standing, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    model: Model,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
+    how: _How,
     max_new_tokens: int,
-    params: dict,
-    view: View,
-    prefix: Prefix | None,
+    params: tuple[dict, ...],
+    views: tuple[View, ...],
+    prefixes: tuple[Prefix | None, ...],
     keys_B: Array,
 ) -> _State:
     """Return the state once the prompts are read and their first tokens are chosen.
 
     Slots for the prefix are left free before the prompts', and filled with it afterwards.
     """
-    (rows, width), held = view.tokens_BT.shape, 0 if prefix is None else prefix.tokens
-    cache = replace(model.empty_cache(rows, held + width + max_new_tokens), used=jnp.int32(held))
-    token_B, cache = _next(model, sampling, params, view, cache, keys_B, 0, prefix)
-    if prefix is not None:
-        cache = _spread(prefix, cache, jnp.argmax(jnp.asarray(view.segment_BT) > 0, axis=1))
-    position_B = jnp.asarray(view.position_BT)[:, -1] + 1 + held
-    return _State(token_B, position_B, cache, _is_end(token_B, eos_ids), jnp.int32(1))
+    held = [0 if prefix is None else prefix.tokens for prefix in prefixes]
+    empty = tuple(
+        replace(model.empty_cache(rows, more + width + max_new_tokens), used=jnp.int32(more))
+        for model, more, (rows, width) in zip(how.models, held, (view.tokens_BT.shape for view in views), strict=True)
+    )
+    token_B, caches = _next(how, params, views, empty, keys_B, 0, prefixes)
+    caches = tuple(
+        cache if prefix is None else _spread(prefix, cache, jnp.argmax(jnp.asarray(view.segment_BT) > 0, axis=1))
+        for prefix, cache, view in zip(prefixes, caches, views, strict=True)
+    )
+    ends_B = tuple(jnp.asarray(view.position_BT)[:, -1] + 1 + more for view, more in zip(views, held, strict=True))
+    return _State(token_B, ends_B, caches, _is_end(token_B, how.eos_ids), jnp.int32(1))
 
 
 def _spread(prefix: Prefix, cache: Cache, first_B: Array) -> Cache:
@@ -252,16 +301,8 @@ def _spread(prefix: Prefix, cache: Cache, first_B: Array) -> Cache:
     return replace(cache, own=own, segment_BS=cache.segment_BS.at[rows_B1, slots_BP].set(1))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def _decode(
-    model: Model,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-    most: Array,
-    params: dict,
-    state: _State,
-    keys_B: Array,
-) -> tuple[_State, Array]:
+@partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _decode(how: _How, most: Array, params: tuple[dict, ...], state: _State, keys_B: Array) -> tuple[_State, Array]:
     """Return the state some tokens on, and these, [B, BLOCK]: up to `most` in all, fewer once all rows have ended."""
     start = state.number
 
@@ -271,30 +312,44 @@ def _decode(
 
     def one_more(carry: tuple[_State, Array]) -> tuple[_State, Array]:
         state, tokens_BN = carry
-        one = View(state.token_B[:, None], jnp.ones_like(state.token_B)[:, None], state.position_B[:, None])
-        token_B, cache = _next(model, sampling, params, one, state.cache, keys_B, state.number)
+        token_B1 = state.token_B[:, None]
+        views = tuple(View(token_B1, jnp.ones_like(token_B1), at_B[:, None]) for at_B in state.positions_B)
+        token_B, caches = _next(how, params, views, state.caches, keys_B, state.number)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], state.number - start, axis=1)
-        is_done_B = state.is_done_B | _is_end(token_B, eos_ids)
-        return _State(token_B, state.position_B + 1, cache, is_done_B, state.number + 1), tokens_BN
+        is_done_B, after_B = state.is_done_B | _is_end(token_B, how.eos_ids), tuple(at + 1 for at in state.positions_B)
+        return _State(token_B, after_B, caches, is_done_B, state.number + 1), tokens_BN
 
     tokens_BN = jnp.zeros((state.token_B.shape[0], BLOCK), jnp.int32)
     return jax.lax.while_loop(goes_on, one_more, (state, tokens_BN))
 
 
 def _next(
-    model: Model,
-    sampling: Sampling,
-    params: dict,
-    view: View,
-    cache: Cache,
+    how: _How,
+    params: tuple[dict, ...],
+    views: tuple[View, ...],
+    caches: tuple[Cache, ...],
     keys_B: Array,
     number: Array | int,
-    prefix: Prefix | None = None,
-) -> tuple[Array, Cache]:
-    """Return the token that follows each row of the view, and the cache with the view in it."""
-    output = model.apply(params, view, cache=cache, prefix=prefix)
-    logits_BV = head_logits(output.hidden_BTD[:, -1], model.head(params))
-    return choose(logits_BV, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)), output.cache
+    prefixes: tuple[Prefix | None, ...] | None = None,
+) -> tuple[Array, tuple[Cache, ...]]:
+    """Return the token that follows each row of the views, and the caches with the views in them."""
+    given = zip(how.models, params, views, caches, prefixes or (None,) * len(views), strict=True)
+    outputs = [model.apply(tree, view, cache=cache, prefix=prefix) for model, tree, view, cache, prefix in given]
+    logits = [
+        head_logits(output.hidden_BTD[:, -1], model.head(tree))
+        for model, tree, output in zip(how.models, params, outputs, strict=True)
+    ]
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+    token_B = choose(logits[0], how.sampling, keys_B) if len(logits) == 1 else _drawn(how, logits, keys_B)
+    return token_B, tuple(output.cache for output in outputs)
+
+
+def _drawn(how: _How, logits: list[Array], keys_B: Array) -> Array:
+    """Return a token for each row of what two models say together at the temperature, (1 − share)·q + share·p."""
+    real = how.models[0].config.vocab_size
+    log_BV, other_BV = (jax.nn.log_softmax(x_BV[:, :real] / how.sampling.temperature) for x_BV in logits)
+    mixed_BV = jnp.logaddexp(log_BV + math.log1p(-how.share), other_BV + math.log(how.share))
+    return choose(mixed_BV, replace(how.sampling, temperature=1.0), keys_B)
 
 
 def _is_end(token_B: Array, eos_ids: tuple[int, ...]) -> Array:

@@ -18,7 +18,7 @@ from kdjax.losses.features import tapped
 from kdjax.named import Named
 from kdjax.shapes import Batch
 from kdjax.sharding import Placement
-from kdjax.step import Recipe, TrainState, init_state, step
+from kdjax.step import Recipe, TrainState, init_state, likely, step
 from kdjax.teacher import no_teacher, speaking
 
 
@@ -166,6 +166,13 @@ class Job:
         said = jax.eval_shape(self.speak, of_teacher(frozen), theirs)
         brought = replace(batch, signal=jax.tree.map(partial(rows_on, self.place), said))
         return [self.step.lower(state, of_step(frozen), brought), self.speak.lower(of_teacher(frozen), theirs)]
+
+    @cached_property
+    def likely(self) -> Callable[..., Any]:
+        """The placed ``likely(params, frozen, batch)`` of answers that student and teacher have drawn."""
+        own = self.config.answers
+        how = {"temperature": own.sampling.temperature, "teacher_share": own.teacher_share}
+        return self.place.compile_rows(partial(likely, recipe=self.recipe, **how))
 
     @cached_property
     def learning_rates(self) -> np.ndarray:

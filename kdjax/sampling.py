@@ -46,7 +46,7 @@ class Sampling:
             raise UserError(f"min_p is {self.min_p}; wanted from 0 (all tokens) to 1")
 
 
-LEAST = {"count": 0, "tokens": 1, "batch_size": 1, "seed": 0, "student_share": 0}
+LEAST = {"count": 0, "tokens": 1, "batch_size": 1, "seed": 0, "student_share": 0, "teacher_share": 0, "reuse": 1}
 """The lowest value of each number of `AnswersConfig`."""
 
 
@@ -59,6 +59,14 @@ class AnswersConfig:
     directory as answers.jsonl, which may be read and edited."""
     student_share: float = 0.0
     """Share of the batches that the student answers anew while it trains (on-policy; λ of arXiv:2306.13649)."""
+    teacher_share: float = 0.0
+    """Of what the student's answers are drawn from, the teacher's share: (1 − share)·student + share·teacher at each
+    token (0.2 in MiniLLM, arXiv:2306.08543). Terms that go by samples weigh each token for it."""
+    reuse: int = 1
+    """Steps that learn from each batch of the student's answers. Terms that go by samples weigh each token by how
+    likely the student of the step makes it, over how likely it was when it was drawn."""
+    clip_ratio: float = 0.2
+    """How far from 1 that ratio goes, as in PPO; only of answers that are used again."""
     count: int = 0
     """So many prompts are answered, chosen by a hash of theirs; 0 is all."""
     tokens: int = 64
@@ -87,6 +95,18 @@ class AnswersConfig:
             raise UserError(f"answers.stop is {self.stop}; wanted texts that are not empty")
         if self.student_share > 1:
             raise UserError(f"answers.student_share is {self.student_share}; wanted from 0 to 1")
+        if self.teacher_share >= 1 or not self.clip_ratio > 0:
+            raise UserError(
+                f"answers.teacher_share is {self.teacher_share} and answers.clip_ratio is {self.clip_ratio}; wanted a "
+                "share below 1, and a ratio above 0"
+            )
+        if (self.teacher_share or self.reuse > 1) and not self.student_share:
+            raise UserError(
+                f"answers.teacher_share is {self.teacher_share} and answers.reuse is {self.reuse}, but the student "
+                "answers nothing; set answers.student_share above 0, or leave both out"
+            )
+        if self.teacher_share and not self.sampling.temperature:
+            raise UserError("answers.teacher_share mixes what is drawn; set answers.sampling.temperature above 0")
         self.sampling.check()
         try:
             re.compile(self.behaviour)

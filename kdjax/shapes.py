@@ -69,6 +69,18 @@ class View:
     type_BT: Array | None = None
 
 
+class Drawn(NamedTuple):
+    """How likely a batch's targets were when they were drawn, as log-probabilities of each given what stands before it.
+
+    Attributes:
+        student_BR: by the student as it was then.
+        source_BR: by what drew them: that student, or its mixture with the teacher.
+    """
+
+    student_BR: Array
+    source_BR: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
@@ -88,6 +100,7 @@ class Batch:
         kd_weight_BR: weight of the divergence to the teacher, float32.
         signal: what the teacher says, when the batch brings it along (a cache); None with a live teacher.
         source_BR: which of the data's sources the example is of, int32; None where no teacher is chosen by it.
+        drawn: of answers that the student as it is now has not drawn by itself; None of its own, and of the data's.
     """
 
     student: View
@@ -99,6 +112,7 @@ class Batch:
     teacher_rows_BR: Array | None = None
     signal: Any = None
     source_BR: Array | None = None
+    drawn: Drawn | None = None
 
 
 @jax.tree_util.register_dataclass

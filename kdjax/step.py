@@ -12,7 +12,16 @@ import optax
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses import FEATURES, TO_GO, Feature, ObjectiveConfig, Shard, fused_kd_loss, log_ratios, one_device, to_go
+from kdjax.losses import (
+    FEATURES,
+    Feature,
+    ObjectiveConfig,
+    Shard,
+    fused_kd_loss,
+    one_device,
+    sample_weights,
+    target_log_probs,
+)
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
 from kdjax.losses.schedules import ends
 from kdjax.models import Model, lora
@@ -68,6 +77,7 @@ class Recipe:
         adapter_scale: what the student's adapters add is multiplied by this.
         teacher_follows: a row of `FOLLOWS`; training, and only that, is taught by what it gives.
         average_decay: of the moving average, a step.
+        clip_ratio: how far from 1 the importance ratio of a token may go that a former student drew.
     """
 
     model: Model
@@ -83,6 +93,7 @@ class Recipe:
     adapter_scale: float = 1.0
     teacher_follows: str = "nothing"
     average_decay: float = 0.99
+    clip_ratio: float = 0.2
 
 
 def init_state(recipe: Recipe, student_params: Any) -> TrainState:
@@ -155,7 +166,7 @@ def _loss_of(
             batch.ce_weight_BR.reshape(-1),
             batch.kd_weight_BR.reshape(-1),
             recipe.objective,
-            token_weights=_to_go(recipe, hidden_ND, head, signal, batch),
+            token_weights=_of_samples(recipe, hidden_ND, head, signal, batch),
             progress=progress,
             shard=recipe.shard,
         )
@@ -168,17 +179,45 @@ def _loss_of(
     return loss + sum(feature.weight * sums[name] for name, feature in named(features).items()), parts | sums
 
 
-def _to_go(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch: Batch) -> dict[str, Array]:
-    """Return the token weights that come from the rest of each answer, where a term asks for one."""
-    asked = [term for term in recipe.objective.all_terms if term.token_weight in TO_GO]
-    if not asked:
+def _of_samples(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch: Batch) -> dict[str, Array]:
+    """Return the token weights that come from how likely targets are, where a term asks for such."""
+    asked = [term for term in recipe.objective.all_terms if term.weighed_by_samples]
+    names = {name for term in asked for name in (term.token_weight, term.chosen.name)}
+    if not asked or (batch.drawn is None and names == {"", "sampled_reverse_kl"}):
         return {}
-    temperature = ends(asked[0].temperature, "temperature")[0]
+    temperature, shape = ends(asked[0].temperature, "temperature")[0], batch.targets_BR.shape
     how: Any = {"temperature": temperature, "shard": recipe.shard}
-    ratio_N = log_ratios(hidden_ND, head, signal, batch.targets_BR.reshape(-1), recipe.objective, **how)
+    both = target_log_probs(hidden_ND, head, signal, batch.targets_BR.reshape(-1), recipe.objective, **how)
     segment_BR = jnp.take_along_axis(batch.student.segment_BT, batch.student_rows_BR, axis=1)
-    found = to_go(ratio_N.reshape(segment_BR.shape), batch.kd_weight_BR, segment_BR)
-    return {term.token_weight: found[term.token_weight].reshape(-1) for term in asked}
+    given: Any = (*(x_N.reshape(shape) for x_N in both), batch.kd_weight_BR, segment_BR, batch.drawn, recipe.clip_ratio)
+    return {name: x_BR.reshape(-1) for name, x_BR in sample_weights(*given).items() if name in names}
+
+
+def likely(
+    params: Any, frozen: Any, batch: Batch, recipe: Recipe, temperature: float, teacher_share: float
+) -> tuple[Array, Array]:
+    """Return the log-probabilities of a batch's targets, [B, R]: of the student, and of its mixture with a teacher.
+
+    Args:
+        params: of a state.
+        frozen: the trees that are not trained.
+        batch: all of it; one microbatch after the other is looked at.
+        recipe: of the step.
+        temperature: that logits of both are divided by.
+        teacher_share: of the teacher in the mixture.
+    """
+    student = student_params(recipe, params, frozen)
+
+    def of_some(batch: Batch) -> tuple[Array, Array]:
+        output = recipe.model.apply(student, batch.student, prefix=frozen.get("student_prefix"))
+        hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
+        given = hidden_ND, head, recipe.signal_of(frozen, batch), batch.targets_BR.reshape(-1), recipe.objective
+        log_q_N, log_p_N = target_log_probs(*given, temperature=temperature, shard=recipe.shard)
+        mixed_N = jnp.log((1 - teacher_share) * jnp.exp(log_q_N) + teacher_share * jnp.exp(log_p_N))
+        return log_q_N.reshape(batch.targets_BR.shape), mixed_N.reshape(batch.targets_BR.shape)
+
+    found = lax.map(of_some, jax.tree.map(lambda x: in_parts(x, recipe.microbatches), batch))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def feature_sums(

@@ -15,6 +15,7 @@ from kdjax.evaluate import forward_speed
 from kdjax.generate import generate
 from kdjax.job import Job
 from kdjax.models import Model, byte_count, parameter_count
+from kdjax.on_policy import totals
 from kdjax.recovery import recovery
 from kdjax.shapes import Batch, View
 from kdjax.step import TrainState, student_params
@@ -86,7 +87,7 @@ def closing(job: Job, state: TrainState, frozen: Any, looks: Looks, rows: Sequen
     text = _continued(job, job.student.model, student)
     figures = _facts(job, state.params, frozen, looks) | named_figures(look, "after")
     after = "distilled, without it" if config.data.teacher_view else "student after"
-    figures |= recovery(job, state.params, frozen)
+    figures |= recovery(job, state.params, frozen) | totals(rows)
     figures |= {
         "continuations": {after: text} if text else {},
         "steps": config.steps,

@@ -28,7 +28,7 @@ from kdjax.job import Job
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
 from kdjax.models.adapter import BASE
-from kdjax.on_policy import is_students, reanswered
+from kdjax.on_policy import figures_of, take
 from kdjax.plan.flops import Flops
 from kdjax.shapes import Batch
 from kdjax.step import TrainState
@@ -215,11 +215,10 @@ def _steps(run: Run) -> None:
     _ = run.job.learning_rates  # known before the first step: computed beside steps, it would wait for the next one
     run.since = time.perf_counter()
     while run.step < config.steps:
-        batch, run.data_state = next(batches)
-        if is_students(run.job, run.step):
-            batch = reanswered(run.job, run.state, run.frozen, batch, run.step)
+        turn = take(run.job, batches, run.state, run.frozen, run.step, run.data_state)
+        run.data_state = turn.after
         with run.tracer.step(run.step + 1, run.state):
-            given = run.job.given(run.frozen, batch, trains=True)
+            given = run.job.given(run.frozen, turn.batch, trains=True)
             run.state, metrics = run.job.step(run.state, *given)
         run.step += 1
         if run.tracer.is_last(run.step):
@@ -228,7 +227,7 @@ def _steps(run: Run) -> None:
         run.checkpoints.check()
         if late:
             _log(run, *late)
-        late = run.step, metrics
+        late = run.step, metrics | figures_of(run.job, turn)
         saves = run.step % config.checkpoint.every == 0 or run.step == config.steps
         if saves or _is_look_due(run) or run.asked_to_stop():
             _log(run, *late)

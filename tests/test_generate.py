@@ -10,7 +10,7 @@ import pytest
 
 from kdjax import generate as decoding
 from kdjax.errors import UserError
-from kdjax.generate import BLOCK, generate, settled, stream
+from kdjax.generate import BLOCK, Beside, generate, settled, stream
 from kdjax.losses import head_logits
 from kdjax.models import Model, ModelConfig
 from kdjax.models.config import Rope
@@ -214,3 +214,27 @@ def test_bfloat16_decodes():
     _, params = sharp(LLAMA)
     rows = generate(Model(LLAMA, dtype="bfloat16"), params, PROMPTS, max_new_tokens=5)
     assert [len(row) for row in rows] == [5] * 4
+
+
+def test_two_models_draw_a_token_together_each_behind_its_own_prompt():
+    """As drawn from the mixture of their softened distributions, computed anew at every token."""
+    model, params = sharp(LLAMA)
+    other, theirs = sharp(GPT2)
+    prompts, behind, share, sampling = PROMPTS[:2], [[1, 2, 3, 5], [9, 9]], 0.4, Sampling(0.8)
+    said = generate(
+        model, params, prompts, max_new_tokens=6, sampling=sampling, seed=3,
+        beside=Beside(other, theirs, behind, share),
+    )  # fmt: skip
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(3)))(jnp.arange(2))
+    for row, answer in enumerate(said):
+        for number, token in enumerate(answer):
+            logs = []
+            for one, tree, prompt in ((model, params, prompts[row]), (other, theirs, behind[row])):
+                text = np.zeros(64, np.int32)
+                text[: len(prompt) + number] = [*prompt, *answer[:number]]
+                at = len(prompt) + number
+                logs.append(jax.nn.softmax(all_logits(one, tree, text, at)[at - 1] / 0.8))
+            mixed = jnp.log((1 - share) * logs[0] + share * logs[1])
+            assert token == int(jax.random.categorical(jax.random.fold_in(keys[row], number), mixed))
+    alone = generate(model, params, prompts, max_new_tokens=6, sampling=sampling, seed=3)
+    assert said != alone

@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811
 
+import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,16 +16,18 @@ from jax import lax
 from test_build import config, directory, exported, refused  # noqa: F401
 from test_context import made  # noqa: F401
 
-from kdjax import data
+from kdjax import data, on_policy
 from kdjax.build import build
 from kdjax.data.packing import to_batch
 from kdjax.errors import UserError
 from kdjax.generate import generate
 from kdjax.losses import ObjectiveConfig, Term
+from kdjax.metrics import METRICS, read
 from kdjax.on_policy import is_students, reanswered
 from kdjax.sampling import AnswersConfig, Sampling
+from kdjax.sharding import MeshConfig, TeacherMeshConfig
 from kdjax.step import gradient, student_params
-from kdjax.train import train
+from kdjax.train import Stopped, train
 
 home = tiny_run.home
 ANSWERS = AnswersConfig(student_share=0.5, tokens=8, sampling=Sampling(0.7))
@@ -68,6 +72,13 @@ def test_the_students_own_answers_stand_in_both_views(job):
     assert (other != again).any()
 
 
+def moved(job):
+    """A state whose student is far from its start."""
+    noise, state = iter(jax.random.split(jax.random.key(0), 100)), job.start()
+    student = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape), state.params["student"])
+    return replace(state, params=state.params | {"student": student})
+
+
 MINILLM = ObjectiveConfig(alpha=0.0, terms=(Term("reverse_kl"), Term("likelihood_ratio", token_weight="mean_to_go")))
 
 
@@ -75,10 +86,7 @@ def test_what_an_answer_goes_on_with_weighs_each_of_its_tokens(made):
     """The gradient of an answered batch, prompts and answers packed, against plain loops over whole logits."""
     own = AnswersConfig(student_share=1.0, tokens=8, sampling=Sampling(1.0))
     job = build(replace(made, answers=own, objective=MINILLM))
-    state, frozen = job.start(), job.frozen()
-    noise = iter(jax.random.split(jax.random.key(0), 100))
-    moved = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape), state.params["student"])
-    state = replace(state, params=state.params | {"student": moved})
+    state, frozen = moved(job), job.frozen()
     batch = reanswered(job, state, frozen, first(job), 0)
     got, parts = jax.jit(partial(gradient, job.recipe))(state, *job.given(frozen, batch, trains=True))
 
@@ -104,10 +112,71 @@ def test_what_an_answer_goes_on_with_weighs_each_of_its_tokens(made):
         later_BR = ahead_BR * jnp.exp(log_q_BR - lax.stop_gradient(log_q_BR))
         return ((own_BR + later_BR) * weight_BR).sum() / weight_BR.sum()
 
-    value, wanted = loss(moved), jax.grad(loss)(moved)
+    value, wanted = jax.value_and_grad(loss)(state.params["student"])
     assert float(parts["loss"]) == pytest.approx(float(value), rel=1e-4)
     for ours, theirs in zip(jax.tree.leaves(got["student"]), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+MIXED = AnswersConfig(student_share=1.0, teacher_share=0.3, reuse=3, tokens=8, sampling=Sampling(1.0))
+
+
+def test_answers_drawn_with_the_teacher_tell_how_likely_they_were(made):
+    """Of the mixture that the prompted teacher has a share of; what learns from whole distributions does not ask."""
+    job = build(replace(made, answers=MIXED, objective=MINILLM))
+    state, frozen, batch = moved(job), job.frozen(), first(job)
+    new = reanswered(job, state, frozen, batch, 0)
+    params = student_params(job.recipe, state.params, frozen)
+    sides = {
+        "student": (job.student.model, params, new.student, new.student_rows_BR),
+        "teacher": (job.teacher.model, frozen["teacher"], new.teacher, new.teacher_rows_BR),
+    }
+    probs = {}
+    for who, (model, tree, view, rows_BR) in sides.items():
+        hidden_BRD = model.apply(tree, view).hidden_BTD[np.arange(len(rows_BR))[:, None], rows_BR]
+        probs_BRV = jax.nn.softmax(hidden_BRD @ model.head(tree).w_DV)
+        probs[who] = np.take_along_axis(np.asarray(probs_BRV), new.targets_BR[:, :, None], 2)[:, :, 0]
+    at = new.kd_weight_BR != 0
+    np.testing.assert_allclose(np.exp(new.drawn.student_BR[at]), probs["student"][at], rtol=1e-4)
+    mixed = 0.7 * probs["student"] + 0.3 * probs["teacher"]
+    np.testing.assert_allclose(np.exp(new.drawn.source_BR[at]), mixed[at], rtol=1e-4)
+    assert np.abs(probs["student"] - mixed)[at].max() > 1e-3
+    assert reanswered(build(replace(made, answers=MIXED)), state, frozen, batch, 0).drawn is None
+
+
+def test_steps_learn_from_a_draw_again_also_those_of_a_run_that_goes_on(made, home, monkeypatch):
+    """Three steps a draw, which the checkpoint holds: ended within them it goes on to the same weights, bit for bit."""
+    made = replace(made, answers=replace(MIXED, unrelated=()), objective=MINILLM, steps=6)
+    seen, plain = [], on_policy.reanswered
+    monkeypatch.setattr(on_policy, "reanswered", lambda *given: seen.append(given[-1]) or plain(*given))
+    whole = train(made, home / "whole")
+    assert seen == [0, 3] and whole["own_share"] == 1 and 0 < whole["generation_seconds"] < whole["steps_seconds"]
+
+    @contextmanager
+    def stops(step):
+        yield lambda: signal.SIGTERM if step() == 4 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdjax.train.asked_to_stop", stops)
+        with pytest.raises(Stopped):
+            train(made, home / "ended")
+    assert seen == [0, 3, 0, 3]
+    ended = train(made, home / "ended")
+    assert seen == [0, 3, 0, 3] and ended["kl_after"] == whole["kl_after"]
+    losses = [[row["loss"] for row in read(home / name / METRICS) if "loss" in row] for name in ("whole", "ended")]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
+
+
+def test_the_share_of_its_own_tokens_is_told(made, home):
+    made = replace(made, answers=replace(ANSWERS, unrelated=()), steps=4)
+    job, summary = build(made), train(made, home / "half")
+    rows = [row for row in read(home / "half" / METRICS) if "loss" in row]
+    own = [is_students(job, step) for step in range(4)]
+    assert [row["own_share"] for row in rows] == own and 0 < sum(own) < 4
+    tokens = [row["kd_tokens"] for row in rows]
+    wanted = sum(n for n, is_own in zip(tokens, own, strict=True) if is_own) / sum(tokens)
+    assert summary["own_share"] == pytest.approx(wanted)
+    assert [row["generation_seconds"] > 0 for row in rows] == own
 
 
 WRONG = {
@@ -115,6 +184,24 @@ WRONG = {
     "at temperature 1.0 wants tokens drawn at that temperature": {"student_share": 1.0},
     "without top_k, top_p or min_p": {"student_share": 1.0, "sampling": Sampling(1.0, top_k=5)},
 }
+NO_ANSWERS = {
+    "but the student answers nothing": {"reuse": 2},
+    "wanted a share below 1": {"student_share": 1.0, "teacher_share": 1.0},
+    "set answers.sampling.temperature above 0": {"student_share": 1.0, "teacher_share": 0.1, "sampling": Sampling()},
+}
+
+
+@pytest.mark.parametrize("said", NO_ANSWERS)
+def test_answers_that_cannot_be_drawn_are_refused(said):
+    with pytest.raises(UserError, match=said):
+        AnswersConfig(**NO_ANSWERS[said])
+
+
+def test_a_share_of_the_draw_wants_the_teacher_beside_the_student(made):
+    apart = replace(made, answers=MIXED, batch_size=14, teacher_mesh=TeacherMeshConfig(devices=1))
+    refused(apart, "answers.teacher_share is 0.3, which wants one teacher where the student lies")
+    pmap = replace(made, answers=MIXED, objective=MINILLM, mesh=MeshConfig(placement="pmap"))
+    refused(pmap, "want mesh.placement jit")
 
 
 @pytest.mark.parametrize("said", WRONG)

@@ -2,7 +2,7 @@
 
 from kdjax.data.cache import Cache, cached, open_cache
 from kdjax.data.config import DataConfig
-from kdjax.data.packing import Asked, examples_of, in_rows, reanswered, rows_of
+from kdjax.data.packing import Asked, answered, examples_of, in_rows, reanswered, rows_of
 from kdjax.data.pipeline import Data, build, merge_states
 from kdjax.data.questions import Question, check_text, encode_prompt, questions
 from kdjax.data.tokenizers import Tokenizer, check_fits, load_tokenizer, with_template
@@ -17,6 +17,7 @@ __all__ = [
     "DataConfig",
     "Question",
     "Tokenizer",
+    "answered",
     "build",
     "cached",
     "check_fits",

@@ -170,6 +170,11 @@ def reanswered(rows: Sequence[Row], answers: Sequence[list[int]]) -> Batch:
             answer = next(left)
             for prefix in ("", "teacher_") if "teacher_tokens" in row else ("",):
                 _put_answer(row, prefix, number, answer)
+    return answered(rows)
+
+
+def answered(rows: Sequence[Row]) -> Batch:
+    """Return the batch of packed rows whose answers are no targets: the cross entropy weighs nothing."""
     batch = to_batch(rows)
     return dataclasses.replace(batch, ce_weight_BR=np.zeros_like(batch.ce_weight_BR))
 

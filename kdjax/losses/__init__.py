@@ -3,10 +3,10 @@
 from kdjax.losses.chunk import LOGGED, TOKEN_WEIGHTS
 from kdjax.losses.divergences import DIVERGENCES, ESTIMATORS, Chosen, Divergence, choose
 from kdjax.losses.features import FEATURES, Feature
-from kdjax.losses.fused import IMPLEMENTATIONS, Shard, fused_kd_loss, log_ratios, one_device
+from kdjax.losses.fused import IMPLEMENTATIONS, Shard, fused_kd_loss, one_device, target_log_probs
 from kdjax.losses.logits import head_logits
 from kdjax.losses.objective import ObjectiveConfig, Term
-from kdjax.losses.policy import TO_GO, to_go
+from kdjax.losses.policy import sample_weights, to_go
 from kdjax.losses.sparse import of_head, sample, top_k
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "IMPLEMENTATIONS",
     "LOGGED",
     "TOKEN_WEIGHTS",
-    "TO_GO",
     "Chosen",
     "Divergence",
     "Feature",
@@ -26,10 +25,11 @@ __all__ = [
     "choose",
     "fused_kd_loss",
     "head_logits",
-    "log_ratios",
     "of_head",
     "one_device",
     "sample",
+    "sample_weights",
+    "target_log_probs",
     "to_go",
     "top_k",
 ]

@@ -196,7 +196,8 @@ def chunk_loss(
         loss_N = COMPARED[type(teacher)](term, temperature, student_NV, teacher, over, is_target_NV)
         loss_N = jnp.minimum(loss_N, term.clip_token) if term.clip_token else loss_N
         weight_N = tokens.kd_weight_N * value_at(term.weight, progress)
-        weight_N = weight_N * weights[term.token_weight] if term.token_weight else weight_N
+        for key in (term.token_weight, name):  # a weight that has a divergence's own name is always its
+            weight_N = weight_N * weights[key] if key in weights else weight_N
         value = (row.factor(temperature) if term.scaled else 1.0) * jnp.sum(weight_N * loss_N)
         kd, by_term[f"kd_{number}_{name}"] = kd + value, value
     parts |= {"kd": kd} | (by_term if len(by_term) > 1 else {})

@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss, mixed
 from kdjax.losses.logits import finish, log_softmax, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
-from kdjax.losses.policy import TO_GO
+from kdjax.losses.policy import IMPORTANCE, TO_GO
 from kdjax.losses.sizes import block_size, chunk_size, product_columns
 from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
 
@@ -256,7 +256,7 @@ def fused_kd_loss(
     return loss, parts
 
 
-def log_ratios(
+def target_log_probs(
     student_hidden_ND: Array,
     student_head: Head,
     signal: AnySignal | None,
@@ -265,8 +265,8 @@ def log_ratios(
     temperature: float = 1.0,
     *,
     shard: Shard = one_device,
-) -> Array:
-    """Return log q(y) − log p(y) of each target y, without gradient, by logits of a chunk of tokens at a time.
+) -> tuple[Array, Array]:
+    """Return log q(y) and log p(y) of each target y, without gradient, by logits of a chunk of tokens at a time.
 
     Args:
         student_hidden_ND: as `fused_kd_loss` takes them.
@@ -281,7 +281,9 @@ def log_ratios(
         UserError: a signal without all logits.
     """
     if not isinstance(signal, Signal | Mixture):
-        raise UserError(f"{' and '.join(TO_GO)} need all of the teacher's logits; run it live, or keep hidden states")
+        raise UserError(
+            f"{', '.join(TO_GO)} and {IMPORTANCE} need all of the teacher's logits; run it live, or keep hidden states"
+        )
     student_head, teacher, heads = _fit(student_hidden_ND, student_head, signal)
     zeros_N = jnp.zeros(len(targets_N), jnp.float32)
     tokens = Tokens(student_hidden_ND, teacher, targets_N, zeros_N, zeros_N, {})
@@ -300,13 +302,15 @@ def log_ratios(
                 return over.pick(logs_CV, some.targets_N[:, None])
 
             theirs = [said(raw_CV, head) for raw_CV, head in zip(teachers, heads.teachers, strict=True)]
-            return (said(raw_CV, heads.student) - mixed(theirs, some.teacher.weights_NK))[:, 0]
+            both = said(raw_CV, heads.student), mixed(theirs, some.teacher.weights_NK)
+            return jnp.concatenate(both, axis=1)
 
-        ratio = lax.map(of_chunk, jnp.arange(n + -n % chunk).reshape(-1, chunk))
-        return jnp.float32(0), ratio.reshape(-1)[:n], None
+        found_XC2 = lax.map(of_chunk, jnp.arange(n + -n % chunk).reshape(-1, chunk))
+        return jnp.float32(0), found_XC2.reshape(-1, 2)[:n], None
 
     found = shard(local, *lax.stop_gradient((tokens, Heads(student_head, heads), jnp.float32(temperature))))
-    return lax.stop_gradient(found[1])
+    both_N2 = lax.stop_gradient(found[1])
+    return both_N2[:, 0], both_N2[:, 1]
 
 
 def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, Any, tuple[Head, ...]]:

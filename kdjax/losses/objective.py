@@ -8,7 +8,7 @@ from typing import Literal
 from kdjax.errors import UserError
 from kdjax.losses.divergences import ESTIMATORS, Chosen, choose
 from kdjax.losses.features import Feature
-from kdjax.losses.policy import TO_GO
+from kdjax.losses.policy import IMPORTANCE, TO_GO
 from kdjax.losses.schedules import Value, ends
 
 
@@ -24,7 +24,7 @@ class Term:
     weight: Value = 1.0
     """Of this term in the sum: a number or a schedule."""
     token_weight: str = ""
-    """Weighs each token besides: a row of kdjax.losses.TOKEN_WEIGHTS or TO_GO."""
+    """Weighs each token besides: a row of kdjax.losses.TOKEN_WEIGHTS or TO_GO, or importance."""
     scaled: bool = True
     """Multiply by the divergence's own factor (T² for the KLs), so that gradients keep their size as T grows."""
     standardise: bool = False
@@ -49,6 +49,10 @@ class Term:
                 f"a term is of {chosen.name} with token_weight {self.token_weight!r}; wanted likelihood_ratio with "
                 f"{' or '.join(TO_GO)}, or neither"
             )
+        if self.of_own_samples and self.token_weight == IMPORTANCE:
+            raise UserError(
+                f"a term is of {chosen.name}, which is weighed by importance as it is; leave token_weight out"
+            )
         if self.clip_entry and chosen.row.pointwise is None:
             raise UserError(
                 f"objective.clip_entry: {chosen.name} is no plain sum over the vocabulary; use clip_token, or a KL"
@@ -63,6 +67,11 @@ class Term:
     def of_own_samples(self) -> bool:
         """Whether it is right only in the mean over tokens that the student drew."""
         return self.chosen.name in ESTIMATORS
+
+    @property
+    def weighed_by_samples(self) -> bool:
+        """Whether a weight of its tokens comes from how likely both models make these."""
+        return self.of_own_samples or self.token_weight == IMPORTANCE
 
 
 @dataclass(frozen=True)

@@ -422,7 +422,7 @@ print(json.dumps({"work": work, "grown": [resident_growth(steps) for _ in range(
 
 @pytest.mark.slow
 def test_the_peak_is_what_a_process_grows_by(tmp_path):
-    """Over three steps, models and batches being there already; the least of twelve times, for others only add to it."""
+    """Over three steps, models and batches being there already; the least of twelve times."""
     sizes = {"vocab_size=264": "vocab_size=4096", "width=16": "width=128", "head_width=8": "head_width=64"}
     text = tiny_run.RECIPE
     for old, new in (sizes | {"mlp_width=32": "mlp_width=256", "sequence_length=32": "sequence_length=256"}).items():
