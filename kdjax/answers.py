@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from kdjax import data
-from kdjax.build import tokenizer_of
+from kdjax.build import other_tokenizer, tokenizer_of
 from kdjax.config import Config, differences_of
 from kdjax.console import duration
 from kdjax.data import DataConfig, Question
@@ -61,6 +61,7 @@ def write_answers(config: Config, directory: Path) -> Path:
     if teacher is None:
         raise UserError("no model answers: the config has no teacher; name one")
     tokenizer = tokenizer_of(config, student, teacher)
+    tokenizer = other_tokenizer(config, tokenizer, teacher) or tokenizer
     data.check_fits(tokenizer, teacher.model.config.vocab_size)
     asked = data.questions(config.data, tokenizer, config.answers.count, config.answers.seed, config.student.gist)
     _check(asked, config, teacher)
@@ -86,7 +87,7 @@ def write_answers(config: Config, directory: Path) -> Path:
 def _settings(config: Config) -> dict[str, Any]:
     """Return what answers depend on, as JSON gives it back."""
     unread = ("batch_size", "student_share", "behaviour", "unrelated")
-    shown = ("sources", "tokenizer", "chat_template", "teacher_view", "prompt_field")
+    shown = ("sources", "tokenizer", "teacher_tokenizer", "chat_template", "teacher_view", "prompt_field")
     whole = asdict(config)
     answers = {name: value for name, value in whole["answers"].items() if name not in unread}
     text = {name: whole["data"][name] for name in shown}

@@ -25,8 +25,8 @@ from kdjax.models import Model
 from kdjax.named import Named, co_teachers, models, prompted
 from kdjax.sharding import Placement, placements
 from kdjax.step import Recipe
-from kdjax.teacher import brought, live_teacher, mixed, no_teacher
-from kdjax.teachers import shares
+from kdjax.teacher import brought, live_teacher, mixed, no_teacher, other_teacher
+from kdjax.teachers import shares, why_one_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
     check_context(config, teacher_place, {"teacher": teacher})
     tokenizer = tokenizer_of(config, student, teacher, *others.values())
     data.check_fits(tokenizer, student.model.config.vocab_size)
+    other = other_tokenizer(config, tokenizer, teacher)
     student = prompted(student, tokenizer, student.model.config.max_positions - config.data.sequence_length)
     for name in config.answers.unrelated if config.data.teacher_view else ():
         data.check_text(name, "answers.unrelated")
@@ -76,13 +77,17 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         room=config.answers.tokens if config.answers.student_share else 0,
         gist=config.student.gist,
         tells_source=len(shares_SK) > 1,
+        teacher_tokenizer=other,
     )
     _check_length(config, {"teacher": teacher}, len(loader.shared))
     made = recipe(config, place, student, teacher, brings=None if teacher_place is place else 1.0)
     if others:
         live = [made.signal_of, *(live_teacher(one.model, name=name) for name, one in others.items())]
         made = replace(made, signal_of=mixed(live, shares_SK))
-    return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made, others)
+    if other is not None and teacher is not None:
+        student_of_U = data.student_of(tokenizer, other, teacher.model.config.vocab_size)
+        made = replace(made, signal_of=other_teacher(teacher.model, student_of_U, made.objective, place.shard_loss))
+    return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made, others, other)
 
 
 def places(config: Config, devices: Sequence[Any] | None = None) -> tuple[Placement, Placement]:
@@ -189,7 +194,7 @@ def _task(config: Config, models: dict[str, Named | None]) -> Any:
 
 def _check_length(config: Config, models: dict[str, Named | None], shared: int = 0) -> None:
     """Check that rows are no longer than the models were made for, the teacher's behind so many shared tokens."""
-    own = config.data.teacher_length if config.data.teacher_view else 0
+    own = config.data.teacher_length if config.data.has_teacher_rows else 0
     for who, named in models.items():
         setting = "teacher_length" if own and who == "teacher" else "sequence_length"
         length = getattr(config.data, setting)
@@ -255,20 +260,42 @@ def _sizes(model: Model) -> Sizes:
     return Sizes(c.layers, c.kv_heads, widths, c.causal)
 
 
+def other_tokenizer(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> data.Tokenizer | None:
+    """Return the tokenizer of a teacher that has another one than the student; None where they share one.
+
+    Raises:
+        UserError: there is none, it is the student's, or the config has something that wants one tokenizer.
+    """
+    own = config.data.teacher_tokenizer
+    if teacher is None or not own:
+        if any(term.is_across for term in config.objective.all_terms):
+            raise UserError("uld and alm are of a teacher with another tokenizer; set data.teacher_tokenizer")
+        return None
+    if why := why_one_tokenizer(config):
+        raise UserError(f"data.teacher_tokenizer is {own!r}, but {why}; leave one of both out")
+    path = own if own != "own" else teacher.file and teacher.file.tokenizer
+    if path is None:
+        raise UserError("data.teacher_tokenizer is 'own', but the teacher brings none; name a tokenizer.json")
+    found = data.load_tokenizer(path)
+    data.check_fits(found, teacher.model.config.vocab_size)
+    if found.sha256 == tokenizer.sha256:
+        raise UserError("data.teacher_tokenizer is the student's tokenizer too; leave it out, to compare every token")
+    return found
+
+
 def tokenizer_of(config: Config, student: Named, *teachers: Named | None) -> data.Tokenizer:
     """Return the configured tokenizer, or the one that comes with a model, with the configured chat template.
 
     Raises:
         UserError: none, or two that differ.
     """
-    paths = [
-        m.file.tokenizer for m in (*teachers, student) if m is not None and m.file is not None and m.file.tokenizer
-    ]
+    models = (student,) if config.data.teacher_tokenizer else (*teachers, student)
+    paths = [m.file.tokenizer for m in models if m is not None and m.file is not None and m.file.tokenizer]
     found = [data.load_tokenizer(path) for path in dict.fromkeys(paths)]
     if len({tokenizer.sha256 for tokenizer in found}) > 1:
         raise UserError(
             f"student and teacher have different tokenizers ({', '.join(map(str, reversed(paths)))}): their "
-            "probabilities are of different tokens; use models that share one"
+            "probabilities are of different tokens; use models that share one, or set data.teacher_tokenizer to own"
         )
     if config.data.tokenizer:
         found = [data.load_tokenizer(config.data.tokenizer)]

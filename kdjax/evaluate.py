@@ -56,9 +56,10 @@ def evaluate(sums_of: Callable[[Any], dict[str, Array]], batches: Iterable[Any])
     if "kd" in sums:
         pairs |= {
             "kl": (sums["kd"], sums["kd_tokens"]),
-            **{name: (sums[name], sums["kd_tokens"]) for name in LOGGED},
-            "teacher_ce": (sums["teacher_ce"], sums["ce_tokens"]),
+            **{name: (sums[name], sums["kd_tokens"]) for name in LOGGED if name in sums},
         }
+    if "teacher_ce" in sums:
+        pairs["teacher_ce"] = sums["teacher_ce"], sums["ce_tokens"]
     return means(pairs) | {"tokens": tokens, "seconds": time.perf_counter() - began}
 
 

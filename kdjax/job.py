@@ -29,6 +29,7 @@ class Job:
     Attributes:
         place: where the student lies, and the step runs.
         teacher_place: where the teacher lies: there too, unless it has a mesh of its own.
+        other_tokenizer: the teacher's, where that is not the student's.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Job:
     data: data.Data
     recipe: Recipe
     co_teachers: Mapping[str, Named] = field(default_factory=dict)
+    other_tokenizer: data.Tokenizer | None = None
 
     @property
     def keys(self) -> tuple[jax.Array, jax.Array]:

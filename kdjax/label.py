@@ -118,6 +118,8 @@ def _check(config: Config) -> None:
         raise UserError(
             "labelling runs the teacher alone, placed by jit; set mesh.placement to jit and teacher_mesh.devices to 0"
         )
+    if config.data.teacher_tokenizer:
+        raise UserError("a cache is of the student's tokens, but data.teacher_tokenizer is set; leave it out")
     if not config.objective.logits:
         raise UserError("objective.logits is False, so that nothing of what is labelled would be read; set it to True")
     kinds = {"topk": TopK, "sampled": Sampled}

@@ -169,7 +169,7 @@ def models(
     teacher = None if config.teacher is None else _named(config.teacher, teacher_place or place, open_file, None)
     student = _named(config.student, place, open_file, teacher)
     if teacher is not None:
-        _check_pair(student, teacher)
+        _check_pair(student, teacher, bool(config.data.teacher_tokenizer))
     if student.file is not None:
         student.file.check_plain()
     if not student.is_whole or student.spec.gist:
@@ -193,11 +193,14 @@ def co_teachers(config: Config, place: Placement, student: Named, open_file: Ope
     return found
 
 
-def _check_pair(student: Named, teacher: Named) -> None:
-    """Check that what a teacher says is of what the student predicts."""
-    if student.model.config.vocab_size != teacher.model.config.vocab_size:
+def _check_pair(student: Named, teacher: Named, is_other: bool = False) -> None:
+    """Check that what a teacher says is of what the student predicts; of another vocabulary where it is said so."""
+    if not is_other and student.model.config.vocab_size != teacher.model.config.vocab_size:
         sizes = f"{student.model.config.vocab_size} but the teacher's {teacher.model.config.vocab_size}"
-        raise UserError(f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal sizes")
+        raise UserError(
+            f"the student's vocabulary has {sizes} entries; wanted one tokenizer, so equal "
+            "sizes; a teacher with another one wants data.teacher_tokenizer"
+        )
     if student.model.config.labels != teacher.model.config.labels:
         sizes = f"{student.model.config.labels} classes apart but the teacher {teacher.model.config.labels}"
         raise UserError(f"the student tells {sizes}; wanted the same classes")

@@ -41,6 +41,7 @@ DIMENSIONS = {
     "Z": "model width, once more",
     "Q": "candidate prompts",
     "J": "examples that prompts are judged by",
+    "O": "rows of a teacher that has other tokens",
 }
 
 
@@ -67,6 +68,22 @@ class View:
     position_BT: Array
     encoder: View | None = None
     type_BT: Array | None = None
+
+
+class Spans(NamedTuple):
+    """How the texts of a batch fall into chunks where student and teacher have different tokenizers.
+
+    Attributes:
+        chunk_BR: of each compared row the number of the chunk that its target is in, from 1; 0: in none.
+        teacher_rows_BO: positions in the teacher's row, those first that have a target.
+        teacher_targets_BO: the teacher's token that comes next there.
+        teacher_chunk_BO: the number of the chunk that this is in, as of the student's.
+    """
+
+    chunk_BR: Array
+    teacher_rows_BO: Array
+    teacher_targets_BO: Array
+    teacher_chunk_BO: Array
 
 
 class Drawn(NamedTuple):
@@ -100,6 +117,7 @@ class Batch:
         kd_weight_BR: weight of the divergence to the teacher, float32.
         signal: what the teacher says, when the batch brings it along (a cache); None with a live teacher.
         source_BR: which of the data's sources the example is of, int32; None where no teacher is chosen by it.
+        spans: of a teacher with another tokenizer; its view and rows are then in its own tokens.
         drawn: of answers that the student as it is now has not drawn by itself; None of its own, and of the data's.
     """
 
@@ -112,6 +130,7 @@ class Batch:
     teacher_rows_BR: Array | None = None
     signal: Any = None
     source_BR: Array | None = None
+    spans: Spans | None = None
     drawn: Drawn | None = None
 
 
@@ -162,11 +181,15 @@ class Signal:
         hidden_ND: after the last norm, at the compared rows.
         head: the teacher's.
         taps: tensors of the inner layers that were asked for, by name: [layers asked for, B, T, ...].
+        student_of_U: of each of the teacher's entries the student's that it counts as; None: one vocabulary.
+        chunks_BR: of a teacher with another tokenizer the log-probability of the chunk that a row's target is in.
     """
 
     hidden_ND: Array
     head: Head
     taps: dict[str, Array] = field(default_factory=dict)
+    student_of_U: Array | None = None
+    chunks_BR: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -17,16 +17,19 @@ from kdjax.losses import (
     Feature,
     ObjectiveConfig,
     Shard,
+    chunk_divergence,
     fused_kd_loss,
+    log_likelihoods,
     one_device,
+    said_log_probs,
     sample_weights,
     target_log_probs,
 )
 from kdjax.losses.features import feature_sum, init_projections, named, projection_name, tapped
-from kdjax.losses.schedules import ends
+from kdjax.losses.schedules import ends, value_at
 from kdjax.models import Model, lora
 from kdjax.shapes import AnySignal, Array, Batch, Head, Signal, in_parts
-from kdjax.teacher import SignalOf, pick_rows
+from kdjax.teacher import SignalOf, of_chunk, pick_rows
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +159,9 @@ def _loss_of(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the loss and its parts, of what both models say."""
     features, loss, parts = recipe.objective.features, jnp.zeros(()), {}
-    if recipe.objective.logits:
+    if recipe.objective.logits and recipe.objective.of_chunks:
+        loss, parts = _of_chunks(recipe, student, output, signal, batch, progress)
+    elif recipe.objective.logits:
         hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
         loss, parts = fused_kd_loss(
             hidden_ND,
@@ -179,6 +184,27 @@ def _loss_of(
     return loss + sum(feature.weight * sums[name] for name, feature in named(features).items()), parts | sums
 
 
+def _of_chunks(
+    recipe: Recipe, student: Any, output: Any, signal: Any, batch: Batch, progress: Array | float
+) -> tuple[Array, dict[str, Array]]:
+    """Return the loss and parts where the teacher has another tokenizer, and chunks of text are compared."""
+    hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
+    targets_N, spans, kd_weight_BR = batch.targets_BR.reshape(-1), batch.spans, batch.kd_weight_BR
+    weights = batch.ce_weight_BR.reshape(-1), jnp.zeros(len(targets_N))
+    how: Any = {"progress": progress, "shard": recipe.shard}
+    loss, parts = fused_kd_loss(hidden_ND, head, None, targets_N, *weights, recipe.objective, **how)
+    if signal is None or spans is None:
+        return loss, parts
+    log_q_N: Array = log_likelihoods(hidden_ND, head, targets_N, recipe.objective, recipe.shard)
+    ours_BR = of_chunk(log_q_N.reshape(batch.targets_BR.shape), spans.chunk_BR, spans.chunk_BR)
+    kd = jnp.zeros(())
+    for term in recipe.objective.all_terms:
+        distance_BR = chunk_divergence(ours_BR, signal.chunks_BR, **dict(term.chosen.parameters))
+        kd = kd + value_at(term.weight, progress) * jnp.sum(kd_weight_BR * distance_BR)
+    alpha = value_at(recipe.objective.alpha, progress)
+    return alpha * loss + (1 - alpha) * kd, parts | {"kd": lax.stop_gradient(kd)}
+
+
 def _of_samples(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch: Batch) -> dict[str, Array]:
     """Return the token weights that come from how likely targets are, where a term asks for such."""
     asked = [term for term in recipe.objective.all_terms if term.weighed_by_samples]
@@ -187,7 +213,11 @@ def _of_samples(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch
         return {}
     temperature, shape = ends(asked[0].temperature, "temperature")[0], batch.targets_BR.shape
     how: Any = {"temperature": temperature, "shard": recipe.shard}
-    both = target_log_probs(hidden_ND, head, signal, batch.targets_BR.reshape(-1), recipe.objective, **how)
+    targets_N = batch.targets_BR.reshape(-1)
+    both = (
+        target_log_probs(hidden_ND, head, targets_N, recipe.objective, **how),
+        said_log_probs(signal, targets_N, recipe.objective, **how),
+    )
     segment_BR = jnp.take_along_axis(batch.student.segment_BT, batch.student_rows_BR, axis=1)
     given: Any = (*(x_N.reshape(shape) for x_N in both), batch.kd_weight_BR, segment_BR, batch.drawn, recipe.clip_ratio)
     return {name: x_BR.reshape(-1) for name, x_BR in sample_weights(*given).items() if name in names}
@@ -211,8 +241,10 @@ def likely(
     def of_some(batch: Batch) -> tuple[Array, Array]:
         output = recipe.model.apply(student, batch.student, prefix=frozen.get("student_prefix"))
         hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
-        given = hidden_ND, head, recipe.signal_of(frozen, batch), batch.targets_BR.reshape(-1), recipe.objective
-        log_q_N, log_p_N = target_log_probs(*given, temperature=temperature, shard=recipe.shard)
+        how: Any = {"temperature": temperature, "shard": recipe.shard}
+        given = batch.targets_BR.reshape(-1), recipe.objective
+        log_q_N = target_log_probs(hidden_ND, head, *given, **how)
+        log_p_N = said_log_probs(recipe.signal_of(frozen, batch), *given, **how)
         mixed_N = jnp.log((1 - teacher_share) * jnp.exp(log_q_N) + teacher_share * jnp.exp(log_p_N))
         return log_q_N.reshape(batch.targets_BR.shape), mixed_N.reshape(batch.targets_BR.shape)
 

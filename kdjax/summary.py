@@ -44,7 +44,7 @@ def opening(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
 def _of_teacher_said(job: Job, model: Model, params: Any) -> dict[str, str]:
     """Return how the teacher continues the config's prompt; without and with its own view, where it has one."""
     if not job.config.data.teacher_view:
-        return {"teacher": _continued(job, model, params)}
+        return {"teacher": _continued(job, model, params, tokenizer=job.other_tokenizer)}
     return {f"{who} prompt": _continued(job, model, params, who == "with the") for who in ("without the", "with the")}
 
 
@@ -136,15 +136,18 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
     return facts | named_figures(looks.get(0, {}), "before")
 
 
-def _continued(job: Job, model: Model, params: Any, is_teachers_view: bool = False) -> str:
-    """Return the greedy continuation of the config's prompt, empty without one."""
+def _continued(
+    job: Job, model: Model, params: Any, is_teachers_view: bool = False, tokenizer: data.Tokenizer | None = None
+) -> str:
+    """Return the greedy continuation of the config's prompt, empty without one; None: by the student's tokenizer."""
     if not job.config.prompt:
         return ""
-    is_input, end = model.config.encoder_layers > 0, job.tokenizer.eos_ids
+    tokenizer = tokenizer or job.tokenizer
+    is_input, end = model.config.encoder_layers > 0, tokenizer.eos_ids
     if job.config.data.has_views:
-        shown = job.config.prompt, job.config.data, job.tokenizer, job.config.student.gist
+        shown = job.config.prompt, job.config.data, tokenizer, job.config.student.gist
         prompts = [data.encode_prompt(*shown)[is_teachers_view]]
     else:
-        prompts = [job.tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
+        prompts = [tokenizer.encode_prompt(job.config.prompt, is_input=is_input)]
     new = generate(model, params, prompts, max_new_tokens=job.config.prompt_tokens, eos_ids=end)[0]
-    return job.tokenizer.decode(new)
+    return tokenizer.decode(new)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses import of_head, sample, top_k
+from kdjax.losses import ObjectiveConfig, Shard, of_head, sample, target_log_probs, top_k
 from kdjax.models import Model
 from kdjax.shapes import AnySignal, Array, Batch, Mixture, Sampled, Signal, TopK, in_parts
 
@@ -51,6 +51,43 @@ def live_teacher(model: Model, layers: Mapping[str, tuple[int, ...]] | None = No
         taps = {name: jnp.stack([output.taps[name][i] for i in numbers]) for name, numbers in layers.items()}
         hidden_ND, taps = lax.stop_gradient((pick_rows(output.hidden_BTD, rows_BR), taps))
         return Signal(hidden_ND, model.head(params), taps)
+
+    return signal_of
+
+
+def of_chunk(x_BX: Array, chunk_BX: Array, chunk_BR: Array) -> Array:
+    """Return at each row the sum of x over the chunk that it is in; 0 where it is in none."""
+    rows_B1 = jnp.arange(len(x_BX))[:, None]
+    sums_BK = jnp.zeros((len(x_BX), chunk_BR.shape[1] + 1)).at[rows_B1, chunk_BX].add(x_BX, mode="drop")
+    return jnp.where(chunk_BR > 0, jnp.take_along_axis(sums_BK, chunk_BR, axis=1), 0.0)
+
+
+def other_teacher(model: Model, student_of_U: Array, objective: ObjectiveConfig, shard: Shard) -> SignalOf:
+    """Return the signal of a live teacher that has another tokenizer: at common borders, and of the chunks between.
+
+    Args:
+        model: the teacher, whose parameters are ``frozen["teacher"]``.
+        student_of_U: as of `Signal`.
+        objective: its chunk size of tokens is used.
+        shard: of the loss.
+    """
+
+    def signal_of(frozen: Any, batch: Batch) -> Signal:
+        params, view, rows_BR, spans = (
+            lax.stop_gradient(frozen["teacher"]),
+            batch.teacher,
+            batch.teacher_rows_BR,
+            batch.spans,
+        )
+        if view is None or rows_BR is None or spans is None:
+            raise ValueError("a batch lacks the teacher's own tokens")
+        hidden_BTD, head = model.apply(params, view).hidden_BTD, model.head(params)
+        own_ND, targets_N = pick_rows(hidden_BTD, spans.teacher_rows_BO), spans.teacher_targets_BO.reshape(-1)
+        log_p_N = target_log_probs(own_ND, head, targets_N, objective, shard=shard)
+        log_p_BO = log_p_N.reshape(spans.teacher_targets_BO.shape)
+        chunks_BR = of_chunk(log_p_BO, spans.teacher_chunk_BO, spans.chunk_BR)
+        given = lax.stop_gradient((pick_rows(hidden_BTD, rows_BR), chunks_BR))
+        return Signal(given[0], head, {}, jnp.asarray(student_of_U), given[1])
 
     return signal_of
 

@@ -40,6 +40,20 @@ def why_one(config: Any) -> str:
     return next((why for why, holds in reasons.items() if holds), "")
 
 
+def why_one_tokenizer(config: Any) -> str:
+    """Return why student and teacher of a config must have one tokenizer; empty where they may have two."""
+    reasons = {
+        "student.source is 'teacher', so that they share one": config.student.source == "teacher",
+        "co_teachers are mixed token by token": bool(config.co_teachers),
+        "a cache is of the student's tokens": bool(config.cache),
+        "teacher_mesh.devices is for a teacher with the student's tokens": bool(config.teacher_mesh.devices),
+        "mesh.tensor spreads one vocabulary": config.mesh.tensor > 1,
+        "objective.features compares the layers at the same tokens": bool(config.objective.features),
+        "answers.student_share puts the student's tokens before the teacher": config.answers.student_share > 0,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
 def shares(weights: Sequence[float], sources: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """Return shares_SK, float32: of each teacher, what it weighs for the examples of each source; a row's sum is 1.
 

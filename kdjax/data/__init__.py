@@ -1,5 +1,6 @@
 """Data: sources of real text, a held-out split, tokens and weights, packing, and a stream of batches that resumes."""
 
+from kdjax.data.across import student_of
 from kdjax.data.cache import Cache, cached, open_cache
 from kdjax.data.config import DataConfig
 from kdjax.data.packing import Asked, answered, examples_of, in_rows, reanswered, rows_of
@@ -33,6 +34,7 @@ __all__ = [
     "rows_of",
     "read_prompt",
     "system_views",
+    "student_of",
     "trim_tokenizer",
     "with_template",
 ]

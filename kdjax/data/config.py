@@ -37,6 +37,10 @@ class DataConfig:
     """Share of the examples drawn from each source; empty takes all examples together, each once an epoch."""
     tokenizer: str = ""
     """Empty takes the model's; `bytes`, a tokenizer.json, or a directory that has one."""
+    teacher_tokenizer: str = ""
+    """Of a teacher that has another tokenizer than the student: `own` is the one that comes with it, otherwise as
+    above. Both are then compared where their tokens have a common border; a text that is longer than a row is cut.
+    Empty: they have one."""
     chat_template: str = ""
     """A file with a jinja template for `messages`; empty takes the tokenizer's own, or ChatML."""
     task: Task = "auto"
@@ -50,7 +54,8 @@ class DataConfig:
     teacher_view: str = ""
     """What the teacher sees before it; empty is what the student sees."""
     teacher_length: int = 0
-    """Tokens of a row of the teacher's view, without what is shared; 0 is as many as the student's."""
+    """Tokens of a row of the teacher's view, without what is shared, or of its own tokens; 0 is as many as the
+    student's."""
     share_prefix: bool = True
     """The teacher reads what all its views begin with once a run, and rows leave it out; False: it is in each row."""
     target_length: int = 0
@@ -94,12 +99,18 @@ class DataConfig:
         return bool(self.student_view or self.teacher_view)
 
     @property
+    def has_teacher_rows(self) -> bool:
+        """The teacher's rows have other tokens than the student's."""
+        return bool(self.teacher_view or self.teacher_tokenizer)
+
+    @property
     def lengths(self) -> dict[str, int]:
         """The length of each part of a row."""
         if self.task == "causal_lm" or self.task == "auto":
-            names = ("teacher_tokens", "teacher_weight") if self.teacher_view else ()
-            own = {name: self.teacher_length or self.sequence_length for name in names}
-            return own | dict.fromkeys(("tokens", "weight"), self.sequence_length)
+            more = ("chunk",) if self.teacher_tokenizer else ()
+            names = ("teacher_tokens", "teacher_weight", *(f"teacher_{name}" for name in more))
+            own = dict.fromkeys(names if self.has_teacher_rows else (), self.teacher_length or self.sequence_length)
+            return own | dict.fromkeys(("tokens", "weight", *more), self.sequence_length)
         if self.task != "seq2seq":
             return dict.fromkeys(("tokens", "weight", "targets"), self.sequence_length)
         own = dict.fromkeys(("tokens", "weight", "targets"), self.target_length or self.sequence_length)
@@ -123,6 +134,14 @@ class DataConfig:
             raise UserError(
                 f"views are of prompts with answers, for causal_lm in rows of first_fit; data.task is {self.task!r} "
                 f"and data.packing {self.packing!r}: set data.packing to first_fit, or leave out the views"
+            )
+        if self.teacher_tokenizer and (
+            self.packing != "first_fit" or self.task not in ("auto", "causal_lm") or self.teacher_view
+        ):
+            raise UserError(
+                "data.teacher_tokenizer is for causal_lm in rows of first_fit that both models see alike; data.task is "
+                f"{self.task!r}, data.packing {self.packing!r}, and data.teacher_view {self.teacher_view[:40]!r}: set "
+                "data.packing to first_fit, and leave out the teacher's view"
             )
         if not self.sources:
             raise UserError("data.sources is empty; name at least one, python_docs for example")

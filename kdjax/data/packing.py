@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from kdjax.data.across import with_other_teacher
 from kdjax.data.config import Packing
 from kdjax.errors import UserError
 from kdjax.shapes import Batch, View
@@ -20,8 +21,8 @@ from kdjax.shapes import Batch, View
 Row = Mapping[str, np.ndarray]
 """`tokens`, `tokens_segment_ids` (from 1; 0 is padding), `tokens_positions` and `weight`, each of the row's length;
 maybe `targets`, and the `source` of each token; the first three of an encoder's `inputs`, all four of a teacher's own
-view, `teacher_tokens`. Out of a cache also what the teacher said at each compared position, in their order, under
-names that begin with `SAID`."""
+view, `teacher_tokens`, and where that is of another tokenizer how both fall into chunks (`kdjax.data.across`). Out of a
+cache also what the teacher said at each compared position, in their order, under names that begin with `SAID`."""
 
 SAID = "said."
 
@@ -100,6 +101,8 @@ def _with_teacher(batch: Batch, rows: Sequence[Row], counts_BR: np.ndarray) -> B
     """Return the batch with the teacher's own view, where as many tokens of each example weigh, in the same order."""
     view = _view(rows, "teacher_tokens")
     weight_BT = _of_next(view, np.stack([row["teacher_weight"] for row in rows]).astype(np.float32))
+    if "chunk" in rows[0]:
+        return with_other_teacher(batch, rows, view, weight_BT)
     most = counts_BR.shape[1]
     rows_BR = np.pad(_weighed_first(weight_BT)[:, :most], ((0, 0), (0, max(0, most - weight_BT.shape[1]))))
     return dataclasses.replace(batch, teacher=view, teacher_rows_BR=np.where(counts_BR, rows_BR, 0).astype(np.int32))

@@ -168,6 +168,7 @@ def build(
     room: int = 0,
     gist: int = 0,
     tells_source: bool = False,
+    teacher_tokenizer: Tokenizer | None = None,
 ) -> Data:
     """Return the data of a run: the held-out rows are read and tokenised now, the rest as it is needed.
 
@@ -182,6 +183,7 @@ def build(
         room: tokens that each answer to a view has room for at least, so that it can be given anew.
         gist: places of the student's gist.
         tells_source: whether batches say which source each example is of.
+        teacher_tokenizer: of a teacher that has another one than the student.
 
     Raises:
         UserError: bad settings, unreadable or empty data, or a batch that does not split.
@@ -196,6 +198,8 @@ def build(
         labels=labels,
         views=load_views(config, gist),
         room=room,
+        teacher_tokenizer=teacher_tokenizer,
+        teacher_inputs=config.lengths.get("teacher_tokens", 0),
     )
     sources = [open_source(name) for name in config.sources]
     split = split_documents(sources, config)
@@ -207,7 +211,7 @@ def build(
     groups = list(split.train) if config.weights else [np.concatenate(split.train)]
     layout = lay_out(batch_size, min(config.max_shards, *map(len, groups)), process_index, process_count)
     documents = sum(map(len, groups))
-    if facts.views is not None and config.share_prefix:
+    if facts.views is not None and config.share_prefix and teacher_tokenizer is None:
         shared = shared_tokens(sources, [*split.train, split.held_out], config, tokenizer, facts.views)
         facts = dataclasses.replace(facts, shared=shared)
     encode = _encoder(sources, config, facts, documents)
@@ -222,7 +226,10 @@ def build(
         **{"train_documents": documents, "documents": split.sha256[:16]},
         "views": None if facts.views is None else _digest(repr(facts.views)),
         "shared": _digest(repr(facts.shared)) if facts.shared else None,
-        "tokenizer": _digest(tokenizer.sha256 + tokenizer.chat_template),
+        **{
+            name: None if one is None else _digest(one.sha256 + one.chat_template)
+            for name, one in (("tokenizer", tokenizer), ("teacher_tokenizer", teacher_tokenizer))
+        },
     }
     return Data(
         layout=layout,

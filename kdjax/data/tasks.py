@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdjax.data.across import encode_across
 from kdjax.data.examples import Example, encode_example
 from kdjax.data.tokenizers import Tokenizer
 from kdjax.data.views import Views, encode_views
@@ -34,6 +35,8 @@ class Facts:
         views: what is seen before an answer, where templates say so.
         room: tokens that each answer has room for at least.
         shared: the tokens that the teacher's views of all rows begin with, and that rows leave out.
+        teacher_tokenizer: of a teacher that has another one.
+        teacher_inputs: tokens of its rows.
     """
 
     tokenizer: Tokenizer
@@ -45,11 +48,17 @@ class Facts:
     views: Views | None = None
     room: int = 0
     shared: tuple[int, ...] = ()
+    teacher_tokenizer: Tokenizer | None = None
+    teacher_inputs: int = 512
 
 
 def causal_lm(example: Example, facts: Facts, random: np.random.Generator) -> Encoded:
-    """Return the tokens, each weighing what predicting it weighs; of two views, where there are some."""
+    """Return the tokens, each weighing what predicting it weighs; of two views or tokenizers, where there are some."""
     del random
+    if facts.teacher_tokenizer is not None:
+        return encode_across(
+            example, facts.tokenizer, facts.teacher_tokenizer, facts.views, (facts.inputs, facts.teacher_inputs)
+        )
     if facts.views is not None:
         return encode_views(example, facts.tokenizer, facts.views, facts.shared, facts.room)
     return encode_example(example, facts.tokenizer)

@@ -139,15 +139,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     )
 
 
+def byte_letters() -> dict[int, str]:
+    """Return the letter by which a byte-level vocabulary shows each byte (GPT-2's)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # those that it shows as they are
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer whose ids 0 to 255 are the bytes of UTF-8, followed by four special tokens."""
-    shown = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # bytes that a byte-level vocabulary shows as they are
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    letters = byte_letters()
     backend = hf.Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

@@ -75,12 +75,12 @@ def encode_views(
             a teacher's view that does not begin with what is shared and go on.
     """
     _check_kind(example)
-    prompt, answer = _seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)
+    prompt, answer = seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)
     spare = [tokenizer.eos_id] * (room - len(answer))
     encoded = _weighed("", prompt, answer, spare)
     if not views.teacher:
         return encoded
-    other, same = _seen("teacher", views.teacher, example, tokenizer)
+    other, same = seen("teacher", views.teacher, example, tokenizer)
     if answer != same:
         raise UserError(
             f"its answer is other tokens in the teacher's view ({len(same)}) than in the student's ({len(answer)}), so "
@@ -105,8 +105,8 @@ def encode_question(example: Example, tokenizer: Tokenizer, views: Views) -> tup
     Raises:
         UserError: a template that fails, or writes nothing.
     """
-    student = _seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)[0]
-    return student, _seen("teacher", views.teacher, example, tokenizer)[0] if views.teacher else student
+    student = seen("student", views.student or "{{ prompt }}", example, tokenizer, views.gist)[0]
+    return student, seen("teacher", views.teacher, example, tokenizer)[0] if views.teacher else student
 
 
 def read_prompt(path: Path) -> str:
@@ -196,7 +196,7 @@ def written(whose: str, template: str, example: Example, tokenizer: Tokenizer, g
     return Written(text, spoken[-1] if spoken else None, gist)
 
 
-def _seen(
+def seen(
     whose: str, template: str, example: Example, tokenizer: Tokenizer, gist: int = 0
 ) -> tuple[list[int], list[int]]:
     """Return the tokens before the answer, and those of the answer with its end: of a turn, where chat() wrote it."""

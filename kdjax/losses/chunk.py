@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError, did_you_mean
+from kdjax.losses.across import projected, sorted_distance
 from kdjax.losses.logits import NOWHERE, Vocabulary, log_softmax, log_sum_exp, standardise
 from kdjax.losses.objective import ObjectiveConfig, Term
 from kdjax.losses.schedules import ends, value_at
@@ -46,6 +47,14 @@ class Dense(NamedTuple):
 
     logits: tuple[Array, ...]
     weights_NK: Array | None
+
+
+class Other(NamedTuple):
+    """A teacher with another vocabulary, with all its logits."""
+
+    logits_NU: Array
+    over: Vocabulary
+    student_of_U: Array
 
 
 def tempered(logits_NV: Array, term: Term, temperature: Array | float, over: Vocabulary) -> Array:
@@ -116,7 +125,18 @@ def _sampled(term: Term, temperature, student_NV: Array, teacher: Sampled, over:
     return jnp.sum(teacher.weights_NP * gap_NP, axis=1)
 
 
-COMPARED: dict[type, Callable[..., Array]] = {Dense: _dense, TopK: _top_k, Sampled: _sampled}
+def _other(term: Term, temperature, student_NV: Array, teacher: Other, over: Vocabulary, is_target_NV: Array) -> Array:
+    """Return the divergence from the teacher projected onto the student's vocabulary; or that of sorted ones."""
+    student_NV = log_softmax(tempered(student_NV, term, temperature, over), over)
+    teacher_NU = log_softmax(tempered(teacher.logits_NU, term, temperature, teacher.over), teacher.over)
+    if term.is_across:
+        return sorted_distance(student_NV, teacher_NU)
+    given = {"is_target_NV": is_target_NV, "max_V": over.max_V, "vocab_size": over.size}
+    given = {name: given[name] for name in term.chosen.row.needs}
+    return _diverge(term, student_NV, projected(teacher_NU, teacher.student_of_U, over.columns), over, given)
+
+
+COMPARED: dict[type, Callable[..., Array]] = {Dense: _dense, TopK: _top_k, Sampled: _sampled, Other: _other}
 """Kind of teacher -> loss_N of a term."""
 
 TOKEN_WEIGHTS: dict[str, Callable[[dict[str, Array], Vocabulary], Array]] = {
@@ -147,7 +167,18 @@ def check_terms(objective: ObjectiveConfig, kind: type, temperature: float, weig
         known = {*TOKEN_WEIGHTS, *weights}
         if term.token_weight and term.token_weight not in known:
             raise UserError(f"no token weight {term.token_weight!r}{did_you_mean(term.token_weight, known)}")
+        if term.is_across and kind is not Other:
+            raise UserError(
+                f"{name} is of a teacher with another tokenizer; set data.teacher_tokenizer, or choose another"
+            )
         if kind is Dense:
+            continue
+        if kind is Other:
+            if term.of_own_samples or row.of == "logits" or name == "alm":
+                raise UserError(
+                    f"{name} cannot be had token by token of a teacher with another tokenizer; use alm alone, uld, or "
+                    "a divergence of probabilities: forward_kl, reverse_kl, jsd"
+                )
             continue
         if term.token_weight.startswith("teacher_"):
             raise UserError(f"token weight {term.token_weight} needs all of the teacher's logits; got a sparse signal")
@@ -240,16 +271,25 @@ def _stats(over: Vocabulary, student_NV: Array, log_NV: Array, teacher: Any, is_
         best_N1 = jnp.argmax(teacher.log_probs_NP, axis=1)[:, None]
         best_N = over.pick(student_NV, jnp.take_along_axis(teacher.ids_NP, best_N1, axis=1))[:, 0]
         stats["agreement"] = jnp.where(best_N >= over.max_V(student_NV), 1.0, 0.0)
-    if isinstance(teacher, Dense):
-        teacher_NV = mixed([log_softmax(logits_NV, over) for logits_NV in teacher.logits], teacher.weights_NK)
+    if isinstance(teacher, Dense | Other):
+        teacher_NV = _log_probs(teacher, over)
         both_NV = _is_top(student_NV, over) & _is_top(teacher_NV, over)
         stats |= {
             "teacher_confidence": jnp.exp(over.max_V(teacher_NV)),
             "teacher_entropy": -over.sum_V(jnp.exp(teacher_NV) * teacher_NV),
-            "teacher_ce": -over.sum_V(jnp.where(is_target_NV, teacher_NV, 0.0)),
             "agreement": over.max_V(jnp.where(both_NV, 1.0, 0.0)),  # maxima only: argmax is slow on CPUs
         }
+    if isinstance(teacher, Dense):
+        stats["teacher_ce"] = -over.sum_V(jnp.where(is_target_NV, teacher_NV, 0.0))
     return stats
+
+
+def _log_probs(teacher: Dense | Other, over: Vocabulary) -> Array:
+    """Return the teacher's log-probabilities over the student's vocabulary, at temperature 1."""
+    if isinstance(teacher, Other):
+        teacher_NU = log_softmax(teacher.logits_NU, teacher.over)
+        return projected(teacher_NU, teacher.student_of_U, over.columns)
+    return mixed([log_softmax(logits_NV, over) for logits_NV in teacher.logits], teacher.weights_NK)
 
 
 def _is_top(x_NV: Array, over: Vocabulary) -> Array:

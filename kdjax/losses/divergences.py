@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kdjax.errors import UserError, did_you_mean
-from kdjax.losses import compound, policy, sums
+from kdjax.losses import across, compound, policy, sums
 from kdjax.losses.terms import SumV, kl_terms
 from kdjax.shapes import Array
 
-__all__ = ["DIVERGENCES", "ESTIMATORS", "Chosen", "Divergence", "Range", "SumV", "choose", "kl_terms"]
+__all__ = ["ACROSS", "DIVERGENCES", "ESTIMATORS", "Chosen", "Divergence", "Range", "SumV", "choose", "kl_terms"]
 
 
 class Range(NamedTuple):
@@ -101,7 +101,7 @@ def choose(text: str) -> Chosen:
     if not parsed:
         raise UserError(f"divergence {text!r} is not understood; wanted NAME or NAME(parameter=number, …)")
     name, inner = parsed.groups()
-    known = DIVERGENCES | ESTIMATORS
+    known = DIVERGENCES | ESTIMATORS | ACROSS
     if name not in known:
         raise UserError(f"divergence {name!r} is unknown{did_you_mean(name, known)}")
     row = known[name]
@@ -191,3 +191,11 @@ ESTIMATORS: dict[str, Divergence] = {
     "likelihood_ratio": Divergence(policy.likelihood_ratio, squared, needs=("is_target_NV",)),
 }
 """What stands in a divergence's place, but is right only in the mean over tokens that the student drew itself."""
+
+ACROSS: dict[str, Divergence] = {
+    "uld": Divergence(across.sorted_distance, linear),
+    "alm": Divergence(across.chunk_divergence, none, parameters={"tau": Range(0.0, is_open=True)}),
+}
+"""What stands in a divergence's place where the teacher has another tokenizer. `uld` takes log-probabilities over two
+vocabularies, and `alm` those of chunks of text. A divergence of probabilities serves as well, with the teacher's
+projected onto the student's vocabulary."""

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
-from kdjax.losses.chunk import Dense, Hidden, Tokens, check_terms, chunk_loss, mixed
-from kdjax.losses.logits import finish, log_softmax, matmul, vocabulary
+from kdjax.losses.chunk import Dense, Hidden, Other, Tokens, check_terms, chunk_loss
+from kdjax.losses.logits import finish, matmul, vocabulary
 from kdjax.losses.objective import ObjectiveConfig
-from kdjax.losses.policy import IMPORTANCE, TO_GO
 from kdjax.losses.sizes import block_size, chunk_size, product_columns
 from kdjax.shapes import AnySignal, Array, Axes, Head, Mixture, Sampled, Signal, TopK, check_shapes
 
@@ -29,7 +28,8 @@ class Heads(NamedTuple):
     """What all tokens share: every leaf ends in V."""
 
     student: Head
-    teachers: tuple[Head, ...]
+    teachers: tuple[Head, ...] = ()
+    student_of_U: Array | None = None
 
 
 Gradients = tuple[Array, tuple[Array, Array | None]]
@@ -54,7 +54,10 @@ def _products(tokens: Tokens, heads: Heads) -> tuple[Array, tuple[Array, ...]]:
 def _loss(objective: ObjectiveConfig, axes: Axes, heads: Heads, progress: Array, tokens: Tokens, teachers, raw_NV):
     """Return the loss and parts of the student's bare product `raw_NV` and the teachers'."""
     teacher, head = tokens.teacher, heads.student
-    if isinstance(teacher, Hidden):
+    if heads.student_of_U is not None:
+        (raw_NU,), (theirs,) = teachers, heads.teachers
+        teacher = Other(finish(raw_NU, theirs), vocabulary(theirs), heads.student_of_U)
+    elif isinstance(teacher, Hidden):
         logits = (finish(raw_NV, head, axes) for raw_NV, head in zip(teachers, heads.teachers, strict=True))
         teacher = Dense(tuple(logits), teacher.weights_NK)
     return chunk_loss(objective, vocabulary(head, axes), tokens, progress, finish(raw_NV, head, axes), teacher)
@@ -183,8 +186,8 @@ _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
 
 def _put(trained: tuple[Array, Head], given: tuple) -> tuple[Tokens, Heads, Array]:
-    (hidden_ND, head), (rest, teachers, progress) = trained, given
-    return Tokens(hidden_ND, *rest), Heads(head, teachers), progress
+    (hidden_ND, head), (rest, theirs, progress) = trained, given
+    return Tokens(hidden_ND, *rest), Heads(head, *theirs), progress
 
 
 def _reference(objective: ObjectiveConfig, shard: Shard, trained: tuple[Array, Head], given: tuple):
@@ -246,71 +249,16 @@ def fused_kd_loss(
     check_shapes(targets_N=targets_N, **{f"token_weights[{name!r}]_N": x for name, x in weights.items()})
     if signal is not None:
         kind = Dense if isinstance(signal, Signal | Mixture) else type(signal)
+        kind = kind if getattr(signal, "student_of_U", None) is None else Other
         check_terms(objective, kind, getattr(signal, "temperature", 1.0), weights)
     student_head, teacher, heads = _fit(student_hidden_ND, student_head, signal)
-    teacher, heads, weights = lax.stop_gradient((teacher, heads, weights))
-    given = (teacher, targets_N, ce_weight_N, kd_weight_N, weights), heads, jnp.float32(progress)
+    theirs = heads, getattr(signal, "student_of_U", None)
+    teacher, theirs, weights = lax.stop_gradient((teacher, theirs, weights))
+    given = (teacher, targets_N, ce_weight_N, kd_weight_N, weights), theirs, jnp.float32(progress)
     loss, parts = IMPLEMENTATIONS[objective.implementation](objective, shard, (student_hidden_ND, student_head), given)
     if objective.debug:
         parts |= {f"not_finite_{name}": _not_finite(x) for name, x in _looked_at(student_hidden_ND, teacher).items()}
     return loss, parts
-
-
-def target_log_probs(
-    student_hidden_ND: Array,
-    student_head: Head,
-    signal: AnySignal | None,
-    targets_N: Array,
-    objective: ObjectiveConfig,
-    temperature: float = 1.0,
-    *,
-    shard: Shard = one_device,
-) -> tuple[Array, Array]:
-    """Return log q(y) and log p(y) of each target y, without gradient, by logits of a chunk of tokens at a time.
-
-    Args:
-        student_hidden_ND: as `fused_kd_loss` takes them.
-        student_head: likewise.
-        signal: of a teacher, or a mixture, whose logits are whole.
-        targets_N: tokens, int32.
-        objective: its chunk size is used.
-        temperature: that logits are divided by.
-        shard: spreads tokens over a mesh.
-
-    Raises:
-        UserError: a signal without all logits.
-    """
-    if not isinstance(signal, Signal | Mixture):
-        raise UserError(
-            f"{', '.join(TO_GO)} and {IMPORTANCE} need all of the teacher's logits; run it live, or keep hidden states"
-        )
-    student_head, teacher, heads = _fit(student_hidden_ND, student_head, signal)
-    zeros_N = jnp.zeros(len(targets_N), jnp.float32)
-    tokens = Tokens(student_hidden_ND, teacher, targets_N, zeros_N, zeros_N, {})
-
-    def local(axes: Axes, tokens: Tokens, heads: Heads, temperature: Array) -> tuple[Array, Array, None]:
-        n = len(tokens.targets_N)
-        chunk = chunk_size(objective, n, heads.student.w_DV.shape[1])
-
-        def of_chunk(rows_C: Array) -> Array:
-            some = jax.tree.map(lambda x: jnp.take(x, rows_C, axis=0, mode="clip"), tokens)
-            raw_CV, teachers = _products(some, heads)
-
-            def said(raw_CV: Array, head: Head) -> Array:
-                over = vocabulary(head, axes)
-                logs_CV = log_softmax(finish(raw_CV, head, axes) / temperature, over)
-                return over.pick(logs_CV, some.targets_N[:, None])
-
-            theirs = [said(raw_CV, head) for raw_CV, head in zip(teachers, heads.teachers, strict=True)]
-            both = said(raw_CV, heads.student), mixed(theirs, some.teacher.weights_NK)
-            return jnp.concatenate(both, axis=1)
-
-        found_XC2 = lax.map(of_chunk, jnp.arange(n + -n % chunk).reshape(-1, chunk))
-        return jnp.float32(0), found_XC2.reshape(-1, 2)[:n], None
-
-    found = shard(local, *lax.stop_gradient((tokens, Heads(student_head, heads), jnp.float32(temperature))))
-    both_N2 = lax.stop_gradient(found[1])
-    return both_N2[:, 0], both_N2[:, 1]
 
 
 def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, Any, tuple[Head, ...]]:
@@ -324,11 +272,14 @@ def _fit(hidden_ND: Array, head: Head, signal: AnySignal | None) -> tuple[Head, 
     for one in signals:
         check_shapes(student_hidden_NX=hidden_ND, teacher_hidden_ND=one.hidden_ND)
         check_shapes(teacher_hidden_ND=one.hidden_ND, teacher_head_DV=one.head.w_DV)
-        if head.vocab_size != one.head.vocab_size:
+        if head.vocab_size != one.head.vocab_size and one.student_of_U is None:
             raise UserError(
                 f"student vocabulary {head.vocab_size}, teacher vocabulary {one.head.vocab_size}: "
                 "a divergence compares one vocabulary; give both models one tokenizer"
             )
+    if isinstance(signal, Signal) and signal.student_of_U is not None:
+        check_shapes(teacher_head_DU=signal.head.w_DV, student_of_U=signal.student_of_U)
+        return head, Hidden((signal.hidden_ND,), None), (signal.head,)
     columns = min(one.w_DV.shape[1] for one in (head, *(one.head for one in signals)))
     weights_NK = None
     if isinstance(signal, Mixture):

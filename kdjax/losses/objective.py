@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdjax.errors import UserError
-from kdjax.losses.divergences import ESTIMATORS, Chosen, choose
+from kdjax.losses.divergences import ACROSS, ESTIMATORS, Chosen, choose
 from kdjax.losses.features import Feature
 from kdjax.losses.policy import IMPORTANCE, TO_GO
 from kdjax.losses.schedules import Value, ends
@@ -62,6 +62,11 @@ class Term:
     def chosen(self) -> Chosen:
         """The divergence's row and parameters."""
         return choose(self.divergence)
+
+    @property
+    def is_across(self) -> bool:
+        """Whether it is of a teacher with another tokenizer alone."""
+        return self.chosen.name in ACROSS
 
     @property
     def of_own_samples(self) -> bool:
@@ -129,6 +134,13 @@ class ObjectiveConfig:
         if not self.logits and not self.features:
             raise UserError("objective.logits is off and there are no features; wanted one of them to learn from")
         single = self._single  # built here, so that what is wrong with it is said now
+        if self.of_chunks and any(
+            term != Term(term.divergence, weight=term.weight) or term.chosen.name != "alm" for term in self.all_terms
+        ):
+            raise UserError(
+                "alm compares chunks of text, and the objective's other terms or settings are of tokens; leave them "
+                "out: alm has a tau of its own and a weight"
+            )
         if self.terms and single != Term():
             raise UserError(
                 "objective has terms, and divergence, temperature, scaled or standardise beside them; "
@@ -143,6 +155,11 @@ class ObjectiveConfig:
     def all_terms(self) -> tuple[Term, ...]:
         """The terms of the sum over i."""
         return self.terms or (self._single,)
+
+    @property
+    def of_chunks(self) -> bool:
+        """Whether chunks of text are compared, not tokens."""
+        return any(term.chosen.name == "alm" for term in self.all_terms)
 
     @property
     def needs_teacher(self) -> bool:

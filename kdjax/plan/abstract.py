@@ -49,6 +49,8 @@ def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str],
         raise UserError("cache is set; a plan is of a teacher that is run: leave it out, as --cache ''")
     if config.co_teachers:
         raise UserError("co_teachers is set, but a plan is of one teacher: leave them out, and add theirs by hand")
+    if config.data.teacher_tokenizer:
+        raise UserError("data.teacher_tokenizer is set, but a plan is of one tokenizer: leave it out")
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
     student, teacher = models(config, place, teacher_place, opened)

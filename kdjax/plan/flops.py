@@ -101,7 +101,7 @@ def step_flops(config: Config, student: ModelConfig, *teachers: ModelConfig) -> 
     head = 2.0 * rows * tokens * columns if config.objective.logits else 0.0
     loss, taught, taught_seen = 3 * head * student.width, 0.0, 0.0
     for teacher in teachers if config.objective.needs_teacher else ():
-        length = (data.teacher_length or tokens) if data.teacher_view else tokens
+        length = (data.teacher_length or tokens) if data.has_teacher_rows else tokens
         its = forward(teacher, rows, length, data.sequence_length)
         taught, taught_seen = taught + its.weights + its.attention, taught_seen + its.weights + its.seen
         loss += head * teacher.width

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.losses import ObjectiveConfig, Term, fused_kd_loss, sample_weights, target_log_probs, to_go
+from kdjax.losses import (
+    ObjectiveConfig,
+    Term,
+    fused_kd_loss,
+    said_log_probs,
+    sample_weights,
+    target_log_probs,
+    to_go,
+)
 from kdjax.shapes import Drawn, Head, Mixture, Signal, TopK
 from kdjax.sharding import MeshConfig, placement
 
@@ -60,7 +68,8 @@ def sampled(student_SV, teacher_SV, objective, temperature=1.0, **options):
     head, signal = Head(student_SV, vocab_size=V), Signal(hidden_ND, Head(teacher_SV, vocab_size=V))
     weight_NT = jax.lax.stop_gradient(likely(student_SV / temperature))[:, None] * WHOLE
     targets_N, weight_N = jnp.asarray(ANSWERS.reshape(-1)), weight_NT.reshape(-1)
-    both = target_log_probs(hidden_ND, head, signal, targets_N, objective, temperature, **options)
+    given = targets_N, objective, temperature
+    both = target_log_probs(hidden_ND, head, *given, **options), said_log_probs(signal, *given, **options)
     given = (*(x_N.reshape(WHOLE.shape) for x_N in both), WHOLE, SEGMENT, None, 0.2)
     weights = {name: x.reshape(-1) for name, x in sample_weights(*given).items()}
     given = (hidden_ND, head, signal, targets_N, weight_N, weight_N, objective)
@@ -122,13 +131,14 @@ def test_log_probabilities_are_those_of_float64_also_of_a_mixture():
 
     objective = ObjectiveConfig(chunk_tokens=16)
     given = jnp.asarray(hidden, jnp.float32), head(w)
-    log_q, log_p = target_log_probs(*given, mixture, jnp.asarray(targets), objective, 1.5)
+    said = jnp.asarray(targets), objective, 1.5
+    log_q, log_p = target_log_probs(*given, *said), said_log_probs(mixture, *said)
     p = 0.25 * np.exp(logs(others[0], first)) + 0.75 * np.exp(logs(others[1], second))
     np.testing.assert_allclose(log_q, logs(hidden, w), atol=1e-5)
     np.testing.assert_allclose(log_p, np.log(p), atol=1e-5)
     sparse = TopK(jnp.zeros((70, 1), jnp.int32), jnp.zeros((70, 1)), jnp.zeros(70))
     with pytest.raises(UserError, match="return_to_go, mean_to_go and importance need all of the teacher's logits"):
-        target_log_probs(*given, sparse, jnp.asarray(targets), objective)
+        said_log_probs(sparse, jnp.asarray(targets), objective)
 
 
 def test_terms_that_make_no_sense_are_refused():
@@ -177,7 +187,7 @@ def of_drawn(student_SV, teacher_SV, drawn_SV, terms, answers):
     head, signal = Head(student_SV, vocab_size=V), Signal(hidden_ND, Head(teacher_SV, vocab_size=V))
     weight_N = (likely(drawn_SV)[:, None] * counts).reshape(-1)
     targets_N, objective = jnp.asarray(ANSWERS.reshape(-1)), ObjectiveConfig(alpha=0.0, terms=terms)
-    both = target_log_probs(hidden_ND, head, signal, targets_N, objective)
+    both = target_log_probs(hidden_ND, head, targets_N, objective), said_log_probs(signal, targets_N, objective)
     now, theirs = (x_N.reshape(WHOLE.shape) for x_N in both)
     drawn = Drawn(now, log_probs(drawn_SV))
     weights = {name: x.reshape(-1) for name, x in sample_weights(now, theirs, counts, SEGMENT, drawn, 0.2).items()}
