@@ -175,7 +175,7 @@ def _task(config: Config, models: dict[str, Named | None]) -> Any:
             "answers.student_share wants prompts, and one process: set data.student_view ('{{ prompt }}' is the bare "
             "prompt), and run it in one process, or set answers.student_share to 0"
         )
-    if config.data.teacher_view and models["teacher"] is None:
+    if config.data.teacher_view and models["teacher"] is None and not config.teacher_server.source:
         raise UserError("data.teacher_view is set, but the config has no teacher; name one, or set data.student_view")
     if task == "embedding" and config.objective.logits:
         raise UserError(
@@ -218,12 +218,13 @@ def recipe(
         lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
         jax.random.key(0),
     )
-    live = None if teacher is None else live_teacher(teacher.model, tapped(objective.features, 1))
+    model: Any = None if teacher is None else teacher.model
+    live = no_teacher if teacher is None else live_teacher(model, tapped(objective.features, 1))
     return Recipe(
         model=student.model,
         objective=objective,
         optimizer=optim.optimizer(config.optim, config.steps, params),
-        signal_of=(live if brings is None or teacher is None else brought(teacher.model, brings)) or no_teacher,
+        signal_of=live if brings is None else brought(model, brings),
         steps=config.steps,
         microbatches=config.microbatches,
         seed=config.seed,

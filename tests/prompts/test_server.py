@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from kdjax import server as client
 from kdjax.errors import UserError
-from kdjax.prompts import server as client
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.speaker import How
