@@ -25,7 +25,7 @@ PICKS = 20
 """How many entries are kept of a token unless a config says otherwise: as many as vLLM gives unless told otherwise."""
 
 LEAST_TAIL = 2.0**-23
-"""Of the mass of all other entries: float32's rounding of 1, below which 1 − Σ p tells nothing."""
+"""Of the mass of all other entries, where there are any: float32's rounding of 1, below which 1 − Σ p tells nothing."""
 
 MOST_MASS = 1.05
 """Of the entries together: what is above 1 by more than a bfloat16's rounding is no probability."""
@@ -162,9 +162,9 @@ def asking(
 ) -> Iterator[Callable[[Sequence[Row]], Callable[[], list[Arrays]]]]:
     """Give what asks a server about rows: at once, and what comes back waits for the replies.
 
-    That is, of each row, what a top-k keeps of its compared tokens (N of them, in order): `ids` [N, P], likeliest first,
-    `log_probs` of these and `log_tail` [N], the log of the mass of all others. Nothing is renormalised, and log Z
-    is not told.
+    That is, of each row, what a top-k keeps of its N compared tokens, in their order: `ids` [N, P], likeliest first,
+    `log_probs` of these and `log_tail` [N], the log of the mass of all others. Nothing is renormalised, and log Z is
+    not told.
 
     Args:
         config: the server.
@@ -175,7 +175,7 @@ def asking(
         UserError: in the end, of a server that refuses, does not answer, or answers with something else.
     """
     client, pool = Client(config), ThreadPoolExecutor(config.batch_size)
-    empty = _arrays([], [], wanted.picks)
+    empty = _arrays([], [], wanted)
 
     def ask(rows: Sequence[Row]) -> Callable[[], list[Arrays]]:
         begun = [
@@ -211,7 +211,7 @@ def _likely(client: Client, config: TeacherServerConfig, asked: Asked, wanted: W
             "of the prompt: ask a server that gives them"
         )
     ids, log_probs = zip(*(_best(client.name, found[place], wanted, protocol.more) for place in asked.at), strict=True)
-    return _arrays(ids, log_probs, wanted.picks)
+    return _arrays(ids, log_probs, wanted)
 
 
 def _best(name: str, told: Mapping[int, float], wanted: Wanted, more: str) -> tuple[list[int], list[float]]:
@@ -240,14 +240,16 @@ def _best(name: str, told: Mapping[int, float], wanted: Wanted, more: str) -> tu
     return list(ids), list(log_probs)
 
 
-def _arrays(ids: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], picks: int) -> Arrays:
+def _arrays(ids: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], wanted: Wanted) -> Arrays:
     """Return entries and log-probabilities of N tokens with the log of the mass that is left."""
-    log_probs_NP = np.array(log_probs, np.float64).reshape(-1, picks)
-    tail_N = np.maximum(1 - np.exp(log_probs_NP).sum(1), LEAST_TAIL)
+    log_probs_NP = np.array(log_probs, np.float64).reshape(-1, wanted.picks)
+    left_N = np.maximum(1 - np.exp(log_probs_NP).sum(1), LEAST_TAIL)
+    with np.errstate(divide="ignore"):
+        log_tail_N = np.log(left_N if wanted.picks < wanted.vocab_size else 0 * left_N)
     return {
-        "ids": np.array(ids, np.int32).reshape(-1, picks),
+        "ids": np.array(ids, np.int32).reshape(-1, wanted.picks),
         "log_probs": log_probs_NP.astype(np.float32),
-        "log_tail": np.log(tail_N).astype(np.float32),
+        "log_tail": log_tail_N.astype(np.float32),
     }
 
 
