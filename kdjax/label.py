@@ -89,7 +89,6 @@ def label(config: Config, directory: Path) -> Manifest:
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory):
         job = build(config, answered(config, directory))
-        _check_served(job)
         wanted = _wanted(job)
         part = _part(job)
         finished = directory / MANIFEST
@@ -127,25 +126,20 @@ def _check(config: Config) -> None:
         )
     if not config.objective.logits:
         raise UserError("objective.logits is False, so that nothing of what is labelled would be read; set it to True")
+    if config.teacher_server.source:
+        _check_served(config)
     kinds = {"topk": TopK, "sampled": Sampled}
     if kind := kinds.get(config.label.kind):
         check_terms(config.objective, kind, temperature_of(config), {})
 
 
-def _check_served(job: Job) -> None:
-    """Check that what a server tells is all that is wanted of it, where one speaks in the teacher's place."""
-    config, task = job.config, job.student.model.config.task
-    if not config.teacher_server.source:
-        return
-    name, told = config.teacher_server.name, "log-probabilities of the likeliest entries of a causal model"
+def _check_served(config: Config) -> None:
+    """Check that what a server tells is all that is wanted of it."""
+    name, told = config.teacher_server.name, "tells log-probabilities of the likeliest entries, at temperature 1"
     if config.label.kind != "topk":
-        raise UserError(f"label.kind is {config.label.kind!r}, but {name} tells {told}; set it to topk")
+        raise UserError(f"label.kind is {config.label.kind!r}, but {name} {told}; set it to topk")
     if (temperature := temperature_of(config)) != 1:
-        raise UserError(
-            f"the objective compares at temperature {temperature:g}, but {name} tells {told}, at 1; set it to 1"
-        )
-    if task != "causal_lm":
-        raise UserError(f"the student is made for {task}, but {name} tells {told}; take a student of that kind")
+        raise UserError(f"the objective compares at temperature {temperature:g}, but {name} {told}; set it to 1")
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes were started, but one asks {name}; label with one")
 
@@ -260,8 +254,17 @@ def _left(is_missing: list[bool]) -> list[int]:
 
 @contextmanager
 def _speaker(job: Job, kept: dict[str, Any]) -> Iterator[Speak]:
-    """Give what says what is kept of the teacher: its placed program, or what asks its server."""
+    """Give what says what is kept of the teacher: its placed program, or what asks its server.
+
+    Raises:
+        UserError: a server, but a student that does not predict next tokens, of which it tells.
+    """
     if job.teacher is None:
+        name, task = job.config.teacher_server.name, job.student.model.config.task
+        if task != "causal_lm":
+            raise UserError(
+                f"the student is made for {task}, but {name} is asked for next tokens; label by a local one"
+            )
         wanted = Wanted(kept["picks"], job.student.model.config.vocab_size)
         with asking(job.config.teacher_server, wanted, job.data.shared) as ask:
             yield lambda rows, batch, number: ask(rows)

@@ -55,8 +55,7 @@ def local(config):
 
 @pytest.fixture(scope="module")
 def spoken(local):
-    job = build(local)
-    return Spoken(job.teacher.model, job.frozen()["teacher"])
+    return Spoken(build(local))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_a_prompted_teacher_is_asked_behind_its_prompt(made, tmp_path):
     local = replace(local, student=ModelSpec(source=local.teacher.source))
     job = build(local)
     assert len(job.data.shared) > 30
-    spoken = Spoken(job.teacher.model, job.frozen()["teacher"])
+    spoken = Spoken(job)
     with serving(spoken) as address:
         label(behind(local, address), tmp_path / "served")
     label(local, tmp_path / "local")
@@ -211,7 +210,7 @@ ROW = {
 def ask(reply, picks=2, vocab_size=10, **more):
     """What is made of a row of three tokens, or why nothing."""
     with serving(lambda *_: reply if isinstance(reply, tuple) else (200, reply, {})) as address:
-        server = TeacherServerConfig(address, "tiny", **{"retries": 0, "timeout": 5} | more)
+        server = TeacherServerConfig(address, "tiny", retries=0, timeout=5, **more)
         with asking(server, Wanted(picks, vocab_size)) as asked:
             return asked([ROW])()[0]
 
@@ -341,7 +340,9 @@ def test_only_what_is_compared_is_asked():
 WRONG = {
     "label.kind is 'hidden', but tiny at .* set it to topk": {"label": LabelConfig("hidden")},
     "label.kind is 'sampled', but tiny at .* set it to topk": {"label": LabelConfig("sampled")},
-    "compares at temperature 2, but tiny at .* at 1; set it to 1": {"objective": replace(PLAIN, temperature=2.0)},
+    "compares at temperature 2, but tiny at .*, at temperature 1; set it to 1": {
+        "objective": replace(PLAIN, temperature=2.0)
+    },
 }
 
 
@@ -353,11 +354,18 @@ def test_what_a_server_does_not_tell_is_refused_before_it_is_asked(served, spoke
     assert len(spoken.seen) == asked
 
 
-def test_one_process_asks(served, monkeypatch):
-    job = build(served)
+def test_one_process_asks_about_next_tokens(served, spoken, tmp_path, monkeypatch):
+    asked, encoder = (
+        len(spoken.seen),
+        replace(served.student.architecture, causal=False, family="bert", head_transform="gelu"),
+    )
+    masked = replace(served, student=replace(served.student, architecture=encoder))
+    with pytest.raises(UserError, match="the student is made for masked_lm, but tiny at .* is asked for next tokens"):
+        label(masked, tmp_path)
     monkeypatch.setattr(labels.jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="2 processes were started, but one asks tiny at .*; label with one"):
-        labels._check_served(job)
+        label(served, tmp_path)
+    assert len(spoken.seen) == asked
 
 
 def test_what_a_server_cannot_be_is_refused(local, served, tmp_path, capsys):
@@ -389,9 +397,7 @@ def asked(made, tmp_path):
 
 
 def test_its_answers_are_those_of_the_same_teacher_here(asked, tmp_path):
-    job = build(replace(asked, answers=AnswersConfig(), data=made_of(asked)))
-    spoken = Spoken(job.teacher.model, job.frozen()["teacher"])
-    spoken.eos_ids, spoken.decode = job.tokenizer.eos_ids, job.tokenizer.decode
+    spoken = Spoken(build(replace(asked, answers=AnswersConfig(), data=made_of(asked))))
     for name in ("here", "served", "broken"):
         (tmp_path / name).mkdir()
     write_answers(asked, tmp_path / "here")

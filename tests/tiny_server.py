@@ -21,6 +21,9 @@ class Many(ThreadingHTTPServer):
 
     request_queue_size = 128
 
+    def handle_error(self, request, client_address):
+        """Say nothing: a client has gone."""
+
 
 @contextlib.contextmanager
 def serving(answer):
@@ -41,7 +44,6 @@ def serving(answer):
             pass
 
     server = Many(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that has gone
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -53,10 +55,11 @@ def serving(answer):
 
 
 class Spoken:
-    """What a model says to requests of either protocol; `seen` has the paths, headers and bodies."""
+    """What a job's teacher says to requests of either protocol; `seen` has the paths, headers and bodies."""
 
-    def __init__(self, model, params):
-        self.model, self.params = Model(model.config), jax.device_get(params)
+    def __init__(self, job):
+        self.model, self.params = Model(job.teacher.model.config), jax.device_get(job.frozen()["teacher"])
+        self.tokenizer = job.tokenizer
         self.seen, self._lock = [], threading.Lock()
         self._log_probs = jax.jit(self._whole)
 
@@ -78,29 +81,31 @@ class Spoken:
 
 
 def _vllm(spoken, body):
-    ids, picks = body["prompt"], body.get("prompt_logprobs")
-    if picks is None:
+    if "prompt_logprobs" not in body:
         return _written(spoken, body)
-    found = [None]
-    for token, log_probs_V in zip(ids[1:], spoken.log_probs(ids), strict=False):
+    picks = body["prompt_logprobs"]
+
+    def told(token, log_probs_V):
         named = [*np.argsort(-log_probs_V, kind="stable")[:picks].tolist(), token]  # its own comes on top
-        tell = {"rank": 1, "decoded_token": "x"}
-        found.append({str(entry): {"logprob": float(log_probs_V[entry]), **tell} for entry in reversed(named)})
+        more = {"rank": 1, "decoded_token": "x"}
+        return {str(entry): {"logprob": float(log_probs_V[entry]), **more} for entry in reversed(named)}
+
+    found = [None, *map(told, body["prompt"][1:], spoken.log_probs(body["prompt"]))]
     return {"choices": [{"index": 0, "text": "x", "prompt_logprobs": found}]}
 
 
 def _written(spoken, body):
-    (said,) = generate(
-        spoken.model, spoken.params, [body["prompt"]], max_new_tokens=body["max_tokens"], eos_ids=spoken.eos_ids
-    )
-    return {"choices": [{"index": 0, "text": spoken.decode(said)}]}
+    prompts, ends = [body["prompt"]], spoken.tokenizer.eos_ids
+    (said,) = generate(spoken.model, spoken.params, prompts, max_new_tokens=body["max_tokens"], eos_ids=ends)
+    return {"choices": [{"index": 0, "text": spoken.tokenizer.decode(said)}]}
 
 
 def _sglang(spoken, body):
-    found, picks = [None], body["top_logprobs_num"]
-    for log_probs_V in spoken.log_probs(body["input_ids"])[:-1]:
-        best = np.argsort(-log_probs_V, kind="stable")[:picks].tolist()
-        found.append([[float(log_probs_V[entry]), entry, None] for entry in best])
+    def told(log_probs_V):
+        best = np.argsort(-log_probs_V, kind="stable")[: body["top_logprobs_num"]].tolist()
+        return [[float(log_probs_V[entry]), entry, None] for entry in best]
+
+    found = [None, *map(told, spoken.log_probs(body["input_ids"])[:-1])]
     return {"text": "x", "meta_info": {"input_top_logprobs": found}}
 
 
