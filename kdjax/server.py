@@ -135,7 +135,7 @@ class Client:
             try:
                 return self._once(url, body)
             except urllib.error.HTTPError as error:
-                wrong, asked = f"status {error.code}: {_said(error)}", error.headers.get("Retry-After", "")
+                wrong, asked = f"status {error.code}: {self._said(error)}", error.headers.get("Retry-After", "")
                 if error.code < 500 and error.code not in AGAIN:
                     raise UserError(f"{self.name} refuses ({wrong})") from None
             except (OSError, HTTPException, ValueError) as error:  # no connection, a broken one, no JSON
@@ -150,7 +150,7 @@ class Client:
 
     @property
     def _key(self) -> str:
-        return os.environ.get(self.config.key_variable, "").strip()
+        return os.environ.get(self.config.key_variable, "").strip() if self.config.key_variable else ""
 
     @cached_property
     def _pace(self) -> _Pace:
@@ -165,10 +165,10 @@ class Client:
         with opener.open(request, timeout=self.config.timeout) as reply:
             return json.loads(reply.read(MAX_REPLY))
 
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """Return the first words of what came with an error."""
-    try:
-        return " ".join(error.read(2000).decode(errors="replace").split())[:200] or error.reason
-    except OSError:
-        return str(error.reason)
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """Return the first words of what came with an error, without the key, which some servers repeat."""
+        try:
+            said = " ".join(error.read(2000).decode(errors="replace").split()) or error.reason
+        except OSError:
+            said = str(error.reason)
+        return (said.replace(self._key, "***") if self._key else said)[:200]

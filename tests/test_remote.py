@@ -189,6 +189,17 @@ def test_the_key_is_told_to_the_server_alone(served, cache, spoken, tmp_path):
         assert "sk-1" not in str(caught.value)
 
 
+@pytest.mark.parametrize("reply", [(401, {"error": f"{KEY} is not known"}, {}), (200, b"<html>", {})])
+def test_on_the_command_line_it_is_one_line_without_the_key(served, reply, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(to_json(served))
+    with serving(lambda *_: reply) as address:
+        flags = ["--teacher-server.source", address, "--teacher-server.retries", "0"]
+        assert main(["label", str(tmp_path / "config.json"), str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tiny at http://127.0.0.1" in said and KEY not in said
+    assert all(KEY not in path.read_text() for path in (tmp_path / "out").iterdir())
+
+
 VLLM = [None, {"5": {"logprob": -0.5}, "6": {"logprob": -1.5}}, {"7": {"logprob": -0.1}, "8": {"logprob": -3}}]
 
 
@@ -390,7 +401,7 @@ def test_what_a_server_cannot_be_is_refused(local, served, tmp_path, capsys):
 def asked(made, tmp_path):
     """A run whose prompts a teacher answers, here."""
     (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"prompt": str(n)}) for n in range(120)))
-    answers = AnswersConfig(by="teacher", count=10, tokens=6, sampling=Sampling(), batch_size=4)
+    answers = AnswersConfig(by="teacher", count=50, tokens=6, sampling=Sampling(0.7), batch_size=20)
     sources = (f"jsonl:{tmp_path / 'asked.jsonl'}",)
     student = ModelSpec(source=made.teacher.source)
     return replace(made, student=student, answers=answers, data=replace(made.data, sources=sources))
@@ -401,20 +412,25 @@ def test_its_answers_are_those_of_the_same_teacher_here(asked, tmp_path):
     for name in ("here", "served", "broken"):
         (tmp_path / name).mkdir()
     write_answers(asked, tmp_path / "here")
+    wanted = (tmp_path / "here" / ANSWERS).read_bytes()
     with serving(spoken) as address:
         far = behind(asked, address)
         write_answers(far, tmp_path / "served")
-    assert (tmp_path / "served" / ANSWERS).read_bytes() == (tmp_path / "here" / ANSWERS).read_bytes()
-    assert sorted(body["seed"] for _, _, body in spoken.seen) == list(range(10))
-    left = iter(range(6))  # answers of a batch and a half
+    assert len(wanted.splitlines()) > 20 and (tmp_path / "served" / ANSWERS).read_bytes() == wanted
+    dropped = [json.loads((tmp_path / name / PROGRESS).read_text())["dropped"] for name in ("here", "served")]
+    assert dropped[0] == dropped[1] and len(spoken.seen) == 50
+    left = iter(range(30))  # a batch and a half
     with serving(lambda *request: spoken(*request) if next(left, None) is not None else (400, {}, {})) as address:
         near = replace(far, teacher_server=replace(far.teacher_server, source=address, batch_size=1))
         with pytest.raises(UserError, match="refuses .status 400"):
             write_answers(near, tmp_path / "broken")
-        assert json.loads((tmp_path / "broken" / PROGRESS).read_text())["done"] == 4
+        assert json.loads((tmp_path / "broken" / PROGRESS).read_text())["done"] == 20
         left = iter(range(99))
         write_answers(near, tmp_path / "broken")
-    assert (tmp_path / "broken" / ANSWERS).read_bytes() == (tmp_path / "here" / ANSWERS).read_bytes()
+    assert (tmp_path / "broken" / ANSWERS).read_bytes() == wanted
+    few = {"steps": 3, "objective": replace(PLAIN, alpha=1.0)}
+    summary = train(replace(far, **few), tmp_path / "served")  # its server has gone
+    assert summary["ce_after"] < summary["ce_before"] and "kl_after" not in summary
 
 
 def made_of(asked):

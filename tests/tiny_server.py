@@ -11,6 +11,7 @@ import numpy as np
 
 from kdjax.generate import generate
 from kdjax.models import Model
+from kdjax.sampling import Sampling
 from kdjax.shapes import View
 
 LENGTH = 128
@@ -95,8 +96,9 @@ def _vllm(spoken, body):
 
 
 def _written(spoken, body):
-    prompts, ends = [body["prompt"]], spoken.tokenizer.eos_ids
-    (said,) = generate(spoken.model, spoken.params, prompts, max_new_tokens=body["max_tokens"], eos_ids=ends)
+    """Return what the same prompt is answered here, drawn by seed 0 and its number."""
+    how = {"sampling": Sampling(body["temperature"]), "first": body["seed"], "eos_ids": spoken.tokenizer.eos_ids}
+    (said,) = generate(spoken.model, spoken.params, [body["prompt"]], max_new_tokens=body["max_tokens"], **how)
     return {"choices": [{"index": 0, "text": spoken.tokenizer.decode(said)}]}
 
 
