@@ -117,6 +117,7 @@ class Client:
                 f"the environment's {self.config.key_variable} is to hold the key of {self.config.source}; wanted "
                 "letters, digits and signs without space"
             )
+        _ = self._pace  # one for all threads, so made before there are any
 
     @property
     def name(self) -> str:
