@@ -8,8 +8,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from kdjax.errors import UserError
 from kdjax.generate import check_prompts, generate, settled
 from kdjax.metrics import write_json
 from kdjax.named import Named, models
-from kdjax.sharding import placement
+from kdjax.remote import written
+from kdjax.sharding import Placement, placement
 
 ANSWERS, PROGRESS = "answers.jsonl", "answers.json"
 """The rows with their answers; how they came about, and how many are done."""
+
+Answer = Callable[[Sequence[Sequence[int]], int], list[str]]
+"""Of prompts' tokens, and the number of the first: what is said to each. A draw goes by the seed and that number."""
 
 log = logging.getLogger(__name__)
 
@@ -58,23 +63,23 @@ def write_answers(config: Config, directory: Path) -> Path:
         raise UserError(f"{path} is not there yet, and one process samples it: run `kdjax answers` with this config")
     place = placement(config.mesh)
     student, teacher = models(config, place)
-    if teacher is None:
+    if teacher is None and not config.teacher_server.source:
         raise UserError("no model answers: the config has no teacher; name one")
     tokenizer = tokenizer_of(config, student, teacher)
     tokenizer = other_tokenizer(config, tokenizer, teacher) or tokenizer
-    data.check_fits(tokenizer, teacher.model.config.vocab_size)
+    data.check_fits(tokenizer, (teacher or student).model.config.vocab_size)
     asked = data.questions(config.data, tokenizer, config.answers.count, config.answers.seed, config.student.gist)
     _check(asked, config, teacher)
     if not progress:
         progress = {"settings": wanted, "done": 0, "bytes": 0, "dropped": {}, "of": len(asked)}
         write_json(directory / PROGRESS, progress)
-    params = teacher.params(place, jax.random.split(jax.random.key(config.seed))[1], teacher.model.dtype)
+    answer = _answering(config, place, teacher, tokenizer)
     log.info("%d prompts, of which %d are answered in %s", len(asked), progress["done"], path)
     with path.open("ab") as file:
         file.truncate(progress["bytes"])
         began, first = time.perf_counter(), progress["done"]
         while progress["done"] < len(asked):
-            _more(config, asked, teacher, params, tokenizer, file, progress)
+            _more(config, asked, answer, file, progress)
             write_json(directory / PROGRESS, progress)
             spent, done = time.perf_counter() - began, progress["done"]
             left = spent / (done - first) * (len(asked) - done)
@@ -91,7 +96,8 @@ def _settings(config: Config) -> dict[str, Any]:
     whole = asdict(config)
     answers = {name: value for name, value in whole["answers"].items() if name not in unread}
     text = {name: whole["data"][name] for name in shown}
-    return json.loads(json.dumps({"answers": answers, "data": text, "teacher": whole["teacher"]}))
+    teacher = whole["teacher"] or config.teacher_server.name
+    return json.loads(json.dumps({"answers": answers, "data": text, "teacher": teacher}))
 
 
 def _progress(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +126,13 @@ def _progress(directory: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check(asked: Sequence[Question], config: Config, teacher: Named) -> None:
+def _check(asked: Sequence[Question], config: Config, teacher: Named | None) -> None:
     """Check before the first answer that each prompt can have one that fits."""
     if not asked:
         raise UserError("no prompt to answer; give data.sources with some")
     most = config.answers.tokens
-    check_prompts(teacher.model, [question.teacher for question in asked], most)
+    if teacher is not None:
+        check_prompts(teacher.model, [question.teacher for question in asked], most)
     for question in asked:
         room = config.data.sequence_length - len(question.student) - 1
         if room < most and not config.data.max_bad_rows:
@@ -135,40 +142,37 @@ def _check(asked: Sequence[Question], config: Config, teacher: Named) -> None:
             )
 
 
-def _more(
-    config: Config,
-    asked: Sequence[Question],
-    teacher: Named,
-    params: Any,
-    tokenizer: data.Tokenizer,
-    file: Any,
-    progress: dict[str, Any],
-) -> None:
+def _more(config: Config, asked: Sequence[Question], answer: Answer, file: Any, progress: dict[str, Any]) -> None:
     """Answer the next batch: write its rows, and note in `progress` what was done and dropped."""
     own, first = config.answers, progress["done"]
     batch = asked[first : first + own.batch_size]
-    said = _sampled(config, teacher, params, batch, first, tokenizer.eos_ids)
+    said = answer([question.teacher for question in batch], first)
     dropped = Counter(progress["dropped"])
-    for question, ids in zip(batch, said, strict=True):
-        thoughts, answer = _parted(tokenizer.decode(ids).rstrip(), own.scratchpad)
-        answer = settled(answer, own.stop, is_over=True)[0]
-        if not answer.strip():
+    for question, text in zip(batch, said, strict=True):
+        thoughts, text = _parted(text.rstrip(), own.scratchpad)
+        text = settled(text, own.stop, is_over=True)[0]
+        if not text.strip():
             dropped["without an answer"] += 1
             continue
-        row = {**question.columns, **thoughts, config.data.answer_field: answer}
+        row = {**question.columns, **thoughts, config.data.answer_field: text}
         file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
     progress |= {"done": first + len(batch), "bytes": file.tell(), "dropped": dict(dropped)}
 
 
-def _sampled(
-    config: Config, teacher: Named, params: Any, batch: Sequence[Question], first: int, eos_ids: Sequence[int]
-) -> list[list[int]]:
-    """Return the teacher's tokens for each question; a draw goes by the seed and the question's number."""
-    how = {"max_new_tokens": config.answers.tokens, "sampling": config.answers.sampling, "eos_ids": eos_ids}
-    prompts = [question.teacher for question in batch]
-    return generate(teacher.model, params, prompts, seed=config.answers.seed, first=first, **how)
+def _answering(config: Config, place: Placement, teacher: Named | None, tokenizer: data.Tokenizer) -> Answer:
+    """Return what answers: the teacher or, where there is none, its server."""
+    own = config.answers
+    if teacher is None:
+        return partial(written, config.teacher_server, own)
+    params = teacher.params(place, jax.random.split(jax.random.key(config.seed))[1], teacher.model.dtype)
+    how = {"max_new_tokens": own.tokens, "sampling": own.sampling, "eos_ids": tokenizer.eos_ids, "seed": own.seed}
+
+    def answer(prompts: Sequence[Sequence[int]], first: int) -> list[str]:
+        return [tokenizer.decode(ids) for ids in generate(teacher.model, params, prompts, first=first, **how)]
+
+    return answer
 
 
 def _parted(text: str, end: str) -> tuple[dict[str, str], str]:

@@ -180,7 +180,7 @@ def _task(config: Config, models: dict[str, Named | None]) -> Any:
             "answers.student_share wants prompts, and one process: set data.student_view ('{{ prompt }}' is the bare "
             "prompt), and run it in one process, or set answers.student_share to 0"
         )
-    if config.data.teacher_view and models["teacher"] is None:
+    if config.data.teacher_view and models["teacher"] is None and not config.teacher_server.source:
         raise UserError("data.teacher_view is set, but the config has no teacher; name one, or set data.student_view")
     if task == "embedding" and config.objective.logits:
         raise UserError(
@@ -223,12 +223,13 @@ def recipe(
         lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
         jax.random.key(0),
     )
-    live = None if teacher is None else live_teacher(teacher.model, tapped(objective.features, 1))
+    model: Any = None if teacher is None else teacher.model
+    live = no_teacher if teacher is None else live_teacher(model, tapped(objective.features, 1))
     return Recipe(
         model=student.model,
         objective=objective,
         optimizer=optim.optimizer(config.optim, config.steps, params),
-        signal_of=(live if brings is None or teacher is None else brought(teacher.model, brings)) or no_teacher,
+        signal_of=live if brings is None else brought(model, brings),
         steps=config.steps,
         microbatches=config.microbatches,
         seed=config.seed,
@@ -267,12 +268,12 @@ def other_tokenizer(config: Config, tokenizer: data.Tokenizer, teacher: Named | 
         UserError: there is none, it is the student's, or the config has something that wants one tokenizer.
     """
     own = config.data.teacher_tokenizer
+    if own and (why := why_one_tokenizer(config)):
+        raise UserError(f"data.teacher_tokenizer is {own!r}, but {why}; leave one of both out")
     if teacher is None or not own:
         if any(term.is_across for term in config.objective.all_terms):
             raise UserError("uld and alm are of a teacher with another tokenizer; set data.teacher_tokenizer")
         return None
-    if why := why_one_tokenizer(config):
-        raise UserError(f"data.teacher_tokenizer is {own!r}, but {why}; leave one of both out")
     path = own if own != "own" else teacher.file and teacher.file.tokenizer
     if path is None:
         raise UserError("data.teacher_tokenizer is 'own', but the teacher brings none; name a tokenizer.json")

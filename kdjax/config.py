@@ -25,10 +25,11 @@ from kdjax.errors import UserError, did_you_mean
 from kdjax.losses import ObjectiveConfig
 from kdjax.models.config import ModelSpec
 from kdjax.optim import OptimConfig
+from kdjax.remote import TeacherServerConfig
 from kdjax.sampling import AnswersConfig
 from kdjax.sharding import MeshConfig, TeacherMeshConfig
 from kdjax.teacher import LabelConfig
-from kdjax.teachers import CoTeacher, why_one
+from kdjax.teachers import CoTeacher, why_no_cache, why_no_server, why_one
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,6 +67,8 @@ class Config:
     average of what the student has been, or by what the student is now. Measured is always against the first."""
     average_decay: float = 0.99
     """Share of the moving average that a step keeps."""
+    teacher_server: TeacherServerConfig = TeacherServerConfig()
+    """A server that speaks in the teacher's place; the config has no other teacher then."""
     cache: str = ""
     """A directory that `kdjax label` has written: what the teacher says is read from there, and it is not run."""
     label: LabelConfig = LabelConfig()
@@ -104,6 +107,10 @@ class Config:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted at least {least}")
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; wanted below 2**32")
+        if self.teacher_server.source:
+            self.teacher_server.check("teacher_server")
+            if why := why_no_server(self):
+                raise UserError(f"teacher_server is {self.teacher_server.name}, but {why}; leave one of both out")
         if self.teacher is None and self.student.source == "teacher":
             raise UserError(
                 "student.source is 'teacher' but the config has no teacher; name one or choose another source"
@@ -122,11 +129,11 @@ class Config:
                 "teacher_mesh.devices gives the teacher a mesh of its own, but the config has no teacher, or one that "
                 "follows the student; set it to 0"
             )
-        if self.cache and (why := self._why_no_cache()):
+        if self.cache and (why := why_no_cache(self)):
             raise UserError(f"cache is {self.cache!r}, but {why}; leave one of both out")
         if self.co_teachers and (why := why_one(self)):
             raise UserError(f"co_teachers has {len(self.co_teachers)}, but {why}; leave one of both out")
-        if self.answers.by == "teacher" and self.teacher is None:
+        if self.answers.by == "teacher" and self.teacher is None and not self.teacher_server.source:
             raise UserError("answers.by is 'teacher' but the config has no teacher; name one, or set it to data")
         if self.student.soft_prompt.tokens and (self.student.trained or self.student.lora.rank):
             raise UserError("student.soft_prompt is trained alone; leave out student.lora and student.trained")
@@ -148,17 +155,6 @@ class Config:
                     "teacher.trained, teacher.lora, teacher.gist or teacher.soft_prompt is set, but a teacher is not "
                     "trained; set the student's"
                 )
-
-    def _why_no_cache(self) -> str:
-        """Return why what a teacher says cannot come from a cache; empty where it can."""
-        reasons = {
-            "the config has no teacher whose cache it could be": self.teacher is None,
-            "teacher_follows makes the teacher another one at every step": self.teacher_follows != "nothing",
-            "answers.student_share has the teacher read what the student says": self.answers.student_share > 0,
-            "teacher_mesh.devices is for a teacher that is run": bool(self.teacher_mesh.devices),
-            "objective.features compares inner layers, of which it has none": bool(self.objective.features),
-        }
-        return next((why for why, holds in reasons.items() if holds), "")
 
 
 C = TypeVar("C", bound="DataclassInstance")

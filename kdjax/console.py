@@ -346,11 +346,11 @@ KEPT = {
 
 def cache_table(found: Mapping[str, Any]) -> RenderableType:
     """Return what a cache holds, a line each, and what is wrong with it."""
-    kept = found["kept"]["train"]
+    kept, settings = found["kept"]["train"], found["settings"]
     size, each = found["bytes"] / 1e6, found["bytes_per_token"]
     broken = ", ".join(found["damaged"])
     lines = {
-        "teacher": f"{found['settings']['teacher']}, computed in {found['settings']['teacher_dtype']}",
+        "teacher": ", computed in ".join(settings[x] for x in ("teacher", "teacher_dtype") if x in settings),
         "kept": KEPT[kept["kind"]].format(**kept),
         "rows": f"{count(found['rows'])} of training, {count(found['held_out_rows'])} held out",
         "tokens": f"{count(found['tokens'])} that are compared, {percent(found['fill'])} of the places",

@@ -45,7 +45,8 @@ def evaluate(sums_of: Callable[[Any], dict[str, Array]], batches: Iterable[Any])
     Returns:
         `ce`, `perplexity` = exp(summed CE / tokens), `tokens`, `seconds`; with a teacher also `kl` (nats a token),
         `agreement`, both models' mean confidence (probability of the likeliest token) and entropy (nats), `teacher_ce`
-        and `teacher_perplexity`. Without logits `features`, the objective's sum over features a token, instead.
+        and `teacher_perplexity`, without those of them that a top-k does not tell. Without logits `features`, the
+        objective's sum over features a token, instead.
     """
     began, sums = time.perf_counter(), Counter()
     for batch in batches:
@@ -54,12 +55,9 @@ def evaluate(sums_of: Callable[[Any], dict[str, Array]], batches: Iterable[Any])
     if "features" in sums:
         pairs["features"] = (sums["features"], sums["kd_tokens"])
     if "kd" in sums:
-        pairs |= {
-            "kl": (sums["kd"], sums["kd_tokens"]),
-            **{name: (sums[name], sums["kd_tokens"]) for name in LOGGED if name in sums},
-        }
-    if "teacher_ce" in sums:
-        pairs["teacher_ce"] = sums["teacher_ce"], sums["ce_tokens"]
+        pairs |= {"kl": (sums["kd"], sums["kd_tokens"])}
+        pairs |= {name: (sums[name], sums["kd_tokens"]) for name in LOGGED if name in sums}
+        pairs |= {"teacher_ce": (sums["teacher_ce"], sums["ce_tokens"])} if "teacher_ce" in sums else {}
     return means(pairs) | {"tokens": tokens, "seconds": time.perf_counter() - began}
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -41,15 +42,20 @@ from kdjax.labelled import settings_of, temperature_of
 from kdjax.lock import lock_run
 from kdjax.losses.chunk import check_terms
 from kdjax.metrics import write_json
+from kdjax.remote import PICKS, Wanted, asking
 from kdjax.shapes import Batch, Sampled, TopK
 from kdjax.teacher import LabelConfig, Saying, speaking
 
 log = logging.getLogger(__name__)
 
 Manifest = dict[str, Any]
+Speak = Callable[[list[Row], Batch, int], Callable[[], Sequence[Mapping[str, np.ndarray]]]]
+"""Of a batch, as rows and as `to_batch` makes it, and its number in the split: begins to ask, and what comes back waits
+for what the teacher says of each row."""
 CONFIG = "config.json"
 HELD_OUT = LabelConfig(kind="hidden", bits=16)
-"""Of held-out rows the hidden states are kept whatever the kind, so that evaluation is against the whole teacher."""
+"""Of held-out rows the hidden states are kept whatever the kind, so that evaluation is against the whole teacher; a
+server has none to give, and they are kept as the others are."""
 
 
 class Part(NamedTuple):
@@ -110,7 +116,7 @@ def label(config: Config, directory: Path) -> Manifest:
 
 def _check(config: Config) -> None:
     """Check what needs no model."""
-    if config.teacher is None:
+    if config.teacher is None and not config.teacher_server.source:
         raise UserError("there is nothing to label: the config has no teacher; name one")
     if config.co_teachers:
         raise UserError("a cache is of one teacher, but co_teachers is set; label each alone")
@@ -122,9 +128,22 @@ def _check(config: Config) -> None:
         raise UserError("a cache is of the student's tokens, but data.teacher_tokenizer is set; leave it out")
     if not config.objective.logits:
         raise UserError("objective.logits is False, so that nothing of what is labelled would be read; set it to True")
+    if config.teacher_server.source:
+        _check_served(config)
     kinds = {"topk": TopK, "sampled": Sampled}
     if kind := kinds.get(config.label.kind):
         check_terms(config.objective, kind, temperature_of(config), {})
+
+
+def _check_served(config: Config) -> None:
+    """Check that what a server tells is all that is wanted of it."""
+    name, told = config.teacher_server.name, "tells log-probabilities of the likeliest entries, at temperature 1"
+    if config.label.kind != "topk":
+        raise UserError(f"label.kind is {config.label.kind!r}, but {name} {told}; set it to topk")
+    if (temperature := temperature_of(config)) != 1:
+        raise UserError(f"the objective compares at temperature {temperature:g}, but {name} {told}; set it to 1")
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes were started, but one asks {name}; label with one")
 
 
 def _part(job: Job) -> Part:
@@ -136,11 +155,9 @@ def _part(job: Job) -> Part:
 
 def _wanted(job: Job) -> dict[str, Any]:
     """Return all that decides a cache's bytes, as JSON gives it back."""
-    config, teacher = job.config, job.teacher
-    if teacher is None:
-        raise UserError("there is nothing to label: the config has no teacher; name one")
+    config = job.config
     whole: dict[str, Any] = {
-        "settings": settings_of(config, job.tokenizer, teacher),
+        "settings": settings_of(config, job.tokenizer, job.teacher),
         "order": job.data.identity,
         "kept": kept_of(config),
         "batch_size": config.batch_size,
@@ -156,6 +173,8 @@ def kept_of(config: Config) -> dict[str, dict[str, Any]]:
     """Return of each split what is kept, and how."""
     temperature = 1.0 if config.label.kind == "hidden" else temperature_of(config)
     found = {"train": (config.label, temperature), "held_out": (HELD_OUT, 1.0)}
+    if config.teacher_server.source:
+        found = dict.fromkeys(found, (replace(config.label, picks=config.label.picks or PICKS), temperature))
     return {
         split: {"kind": how.kind, "picks": how.entries, "bits": how.kept_bits, "temperature": at}
         for split, (how, at) in found.items()
@@ -210,20 +229,21 @@ def _write(job: Job, directory: Path, part: Part, wanted: dict[str, Any], done: 
         return
     if len(left) < len(names):
         log.info("%s: %d of its %d shards are there already", split, len(names) - len(left), len(names))
-    frozen, speak, began, turns, at = job.frozen_teacher(), _speaker(job, wanted["kept"][split]), 0.0, None, -1
-    for finished, number in enumerate(left):
-        if turns is None or at != number:
-            state = done[names[number - 1]]["after"] if number else None
-            turns = _turns(job, split, number * each, state)
-        some = [next(turns) for _ in range(min(each, batches - number * each))]
-        began = began or time.perf_counter()
-        contents, facts = _records(job, split, frozen, speak, [rows for rows, _ in some], number * each, wanted)
-        if part.writes:
-            done[names[number]] = write_shard(directory / names[number], contents) | facts | {"after": some[-1][1]}
-            write_json(parts, {"wanted": wanted, "shards": list(done.values())})
-        at, spent = number + 1, time.perf_counter() - began
-        eta = duration(spent / (finished + 1) * (len(left) - finished - 1))
-        log.info("%s: %d of %d batches, eta %s", split, number * each + len(some), batches, eta)
+    began, turns, at = 0.0, None, -1
+    with _speaker(job, wanted["kept"][split]) as speak:
+        for finished, number in enumerate(left):
+            if turns is None or at != number:
+                state = done[names[number - 1]]["after"] if number else None
+                turns = _turns(job, split, number * each, state)
+            some = [next(turns) for _ in range(min(each, batches - number * each))]
+            began = began or time.perf_counter()
+            contents, facts = _records(job, split, speak, [rows for rows, _ in some], number * each, wanted)
+            if part.writes:
+                done[names[number]] = write_shard(directory / names[number], contents) | facts | {"after": some[-1][1]}
+                write_json(parts, {"wanted": wanted, "shards": list(done.values())})
+            at, spent = number + 1, time.perf_counter() - began
+            eta = duration(spent / (finished + 1) * (len(left) - finished - 1))
+            log.info("%s: %d of %d batches, eta %s", split, number * each + len(some), batches, eta)
 
 
 def _left(is_missing: list[bool]) -> list[int]:
@@ -234,36 +254,60 @@ def _left(is_missing: list[bool]) -> list[int]:
     return np.flatnonzero(missing).tolist()
 
 
-def _speaker(job: Job, kept: dict[str, Any]) -> Any:
-    """Return the placed program of the teacher."""
-    teacher: Any = job.teacher
+@contextmanager
+def _speaker(job: Job, kept: dict[str, Any]) -> Iterator[Speak]:
+    """Give what says what is kept of the teacher: its placed program, or what asks its server.
+
+    Raises:
+        UserError: a server, but a student that does not predict next tokens, of which it tells.
+    """
+    if job.teacher is None:
+        name, task = job.config.teacher_server.name, job.student.model.config.task
+        if task != "causal_lm":
+            raise UserError(
+                f"the student is made for {task}, but {name} is asked for next tokens; label by a local one"
+            )
+        wanted = Wanted(kept["picks"], job.student.model.config.vocab_size)
+        with asking(job.config.teacher_server, wanted, job.data.shared) as ask:
+            yield lambda rows, batch, number: ask(rows)
+        return
+    frozen, size = job.frozen_teacher(), job.config.batch_size
     saying = Saying(kept["kind"], kept["picks"], kept["temperature"], job.config.label.seed)
-    return job.place.compile_rows(speaking(teacher.model, {}, job.config.microbatches, saying))
+    program = job.place.compile_rows(speaking(job.teacher.model, {}, job.config.microbatches, saying))
+    own = np.array(local_rows(size, *job.place.reading), np.int32)
+
+    def speak(rows: list[Row], batch: Batch, number: int) -> Callable[[], Sequence[Mapping[str, np.ndarray]]]:
+        said = program(frozen, job.place.put_batch(replace(batch, signal={"row_B": own + number * size})))
+
+        def by_row() -> list[dict[str, np.ndarray]]:
+            arrays = job.place.own_rows(said["said"])
+            return [{name: x[n] for name, x in arrays.items()} for n in range(len(rows))]
+
+        return by_row
+
+    yield speak
 
 
 def _records(
-    job: Job, split: str, frozen: Any, speak: Any, batches: list[list[Row]], first: int, wanted: dict[str, Any]
+    job: Job, split: str, speak: Speak, batches: list[list[Row]], first: int, wanted: dict[str, Any]
 ) -> tuple[list[bytes], dict[str, Any]]:
     """Return the records of some batches, and figures of them; while the host packs one, the teacher is at the next.
 
     Args:
         job: the run's.
         split: whose rows they are.
-        frozen: the teacher.
-        speak: its program.
+        speak: the teacher.
         batches: this process's rows of each.
         first: the number of the first of them.
         wanted: how it is kept.
     """
-    kept, size = wanted["kept"][split], job.config.batch_size
+    kept = wanted["kept"][split]
     settings = Settings(job.student.model.config.vocab_size, kept["bits"], kept["picks"])
-    own = np.array(local_rows(size, *job.place.reading), np.int32)
     records, facts, late = [], {"tokens": 0, "error": 0.0}, None
 
-    def pack(rows: list[Row], batch: Batch, said: Any) -> None:
-        arrays = job.place.own_rows(said["said"])
-        for n, row in enumerate(rows):
-            of_row, count = {name: x[n] for name, x in arrays.items()}, int(np.sum(batch.kd_weight_BR[n] != 0))
+    def pack(rows: list[Row], batch: Batch, said: Callable[[], Sequence[Mapping[str, np.ndarray]]]) -> None:
+        for n, (row, of_row) in enumerate(zip(rows, said(), strict=True)):
+            count = int(np.sum(batch.kd_weight_BR[n] != 0))
             small = packed(kept["kind"], of_row, count, settings)
             records.append(record(row, small))
             facts["tokens"] += count
@@ -271,7 +315,7 @@ def _records(
 
     for number, rows in enumerate(batches, first):
         batch = to_batch(rows)
-        said = speak(frozen, job.place.put_batch(replace(batch, signal={"row_B": own + number * size})))
+        said = speak(rows, batch, number)
         if late:
             pack(*late)
         late = rows, batch, said
@@ -338,11 +382,11 @@ def verified(directory: Path, batches: int) -> dict[str, Any]:
     job = build(config, answered(config, directory))
     if different := differences_of(cache.manifest["settings"], _wanted(job)["settings"]):
         raise UserError(f"{directory}: the cache's -> today's: {'; '.join(different[:4])}")
-    frozen, wanted, worst, others = job.frozen_teacher(), _wanted(job), 0.0, 0
+    wanted, worst, others = _wanted(job), 0.0, 0
     kind, settings = cache.settings("train")
-    speak = _speaker(job, wanted["kept"]["train"])
     some = list(islice(job.data.rows(), min(batches, wanted["batches"])))
-    fresh, _ = _records(job, "train", frozen, speak, [rows for rows, _ in some], 0, wanted)
+    with _speaker(job, wanted["kept"]["train"]) as speak:
+        fresh, _ = _records(job, "train", speak, [rows for rows, _ in some], 0, wanted)
     for index, content in enumerate(fresh):
         now, then = of_record(content, kind, settings), cache.row("train", index)
         if any(not np.array_equal(now[name], then[name]) for name in now if not name.startswith(SAID)):

@@ -33,16 +33,16 @@ def temperature_of(config: Config) -> float:
     return found.pop()
 
 
-def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named) -> dict[str, Any]:
-    """Return what decides what a cache says, as JSON gives it back."""
+def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> dict[str, Any]:
+    """Return what decides what a cache says, as JSON gives it back; without a teacher, of its server."""
     whole = asdict(config)
     shown = {name: value for name, value in whole["data"].items() if name not in FREE}
     views = load_views(config.data, config.student.gist)
     answers = {name: whole["answers"][name] for name in ("by", "count", "tokens", "sampling", "stop", "seed")}
+    served = {"teacher": config.teacher_server.name}
     return _listed(
         {
-            "teacher": teacher.identity(config.seed),
-            "teacher_dtype": teacher.model.dtype,
+            **(served if teacher is None else _named(teacher, config.seed)),
             "tokenizer": tokenizer.sha256,
             "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "data": shown,
@@ -50,6 +50,10 @@ def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named) -> di
             "answers": answers if config.answers.by == "teacher" else {"by": "data"},
         }
     )
+
+
+def _named(teacher: Named, seed: int) -> dict[str, Any]:
+    return {"teacher": teacher.identity(seed), "teacher_dtype": teacher.model.dtype}
 
 
 def _listed(value: Any) -> Any:
@@ -65,8 +69,6 @@ def opened(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> 
     Raises:
         UserError: naming what differs, on both sides.
     """
-    if teacher is None:
-        raise UserError("cache is set, but the config has no teacher")
     cache = data.open_cache(Path(config.cache))
     manifest = cache.manifest
     different = differences_of(manifest["settings"], settings_of(config, tokenizer, teacher))

@@ -133,6 +133,8 @@ def _facts(job: Job, params: Any, frozen: Any, looks: Looks) -> Summary:
         counts = [parameter_count(jax.eval_shape(one.model.init, job.keys[1])) for one in job.teachers.values()]
         facts |= {"teacher": " + ".join(one.name for one in job.teachers.values()), "parameters_teacher": sum(counts)}
         facts |= {"bytes_teacher": sum(byte_count(frozen[name]) for name in job.teachers)} if job.runs_teacher else {}
+    elif job.config.teacher_server.source:
+        facts["teacher"] = job.config.teacher_server.name
     return facts | named_figures(looks.get(0, {}), "before")
 
 

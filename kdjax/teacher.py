@@ -128,7 +128,7 @@ class LabelConfig:
     KL and soft cross entropy (arXiv:2503.16870); hidden: the last hidden state, of which the whole distribution can be
     had at any temperature."""
     picks: int = 0
-    """topk: entries of a token; sampled: draws; 0 is 64 and 12."""
+    """topk: entries of a token; sampled: draws; 0 is 64 (20 of a server) and 12."""
     bits: Literal[0, 8, 16] = 0
     """Of each log-probability, in equal steps from a token's lowest to its highest; of each number of a hidden state:
     16 is bfloat16, 8 is int8 with a scale a token. 0 is 8, and 16 of hidden states."""
@@ -246,7 +246,7 @@ def brought(model: Model, temperature: float = 1.0) -> SignalOf:
     What the head is made of is ``frozen["teacher_head"]`` (`Model.head_part`).
 
     Args:
-        model: the teacher.
+        model: the teacher; a top-k or draws are read without it.
         temperature: that a top-k or draws were taken at.
     """
 

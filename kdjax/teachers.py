@@ -1,4 +1,4 @@
-"""Several teachers: which of them speaks to which example, and how much each weighs there."""
+"""Which teachers a config may have: one, several (who speaks to which example), one in a cache or behind a server."""
 
 from __future__ import annotations
 
@@ -50,8 +50,46 @@ def why_one_tokenizer(config: Any) -> str:
         "mesh.tensor spreads one vocabulary": config.mesh.tensor > 1,
         "objective.features compares the layers at the same tokens": bool(config.objective.features),
         "answers.student_share puts the student's tokens before the teacher": config.answers.student_share > 0,
+        "teacher_server is asked in the student's tokens": bool(config.teacher_server.source),
     }
     return next((why for why, holds in reasons.items() if holds), "")
+
+
+def why_no_cache(config: Any) -> str:
+    """Return why what a teacher says cannot come from a cache; empty where it can."""
+    nobody = config.teacher is None and not config.teacher_server.source
+    reasons = {
+        "the config has no teacher whose cache it could be": nobody,
+        "teacher_follows makes the teacher another one at every step": config.teacher_follows != "nothing",
+        "answers.student_share has the teacher read what the student says": config.answers.student_share > 0,
+        "teacher_mesh.devices is for a teacher that is run": bool(config.teacher_mesh.devices),
+        "objective.features compares inner layers, of which it has none": bool(config.objective.features),
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
+def why_no_server(config: Any) -> str:
+    """Return why a server cannot speak in the place of a config's teacher; empty where it can."""
+    reasons = {
+        "the config has a teacher": config.teacher is not None,
+        "student.source is 'teacher', whose weights a server does not give": config.student.source == "teacher",
+        "answers.student_share has the teacher read what the student says": config.answers.student_share > 0,
+        "objective.features compares inner layers, of which it tells nothing": bool(config.objective.features),
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
+def check_is_run(config: Any) -> None:
+    """Check that a teacher which training needs is run in it, or has spoken into a cache.
+
+    Raises:
+        UserError: it is behind a server, which no step asks.
+    """
+    if config.teacher_server.source and not config.cache and config.objective.needs_teacher:
+        raise UserError(
+            "teacher_server is asked before training, not by its steps: run `kdjax label CONFIG OUT`, and train with "
+            "--cache OUT; or learn from its answers alone, with --answers.by teacher --objective.alpha 1"
+        )
 
 
 def shares(weights: Sequence[float], sources: Sequence[Sequence[int]], count: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from kdjax.plan.flops import Flops
 from kdjax.shapes import Batch
 from kdjax.step import TrainState
 from kdjax.stopping import asked_to_stop
+from kdjax.teachers import check_is_run
 from kdjax.utilisation import flops_of, teachers_share, utilisation
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def train(config: Config, directory: Path, traced: profile.Span | None = None) -
         Stopped: SIGTERM or SIGINT came; the state is saved.
     """
     began = time.perf_counter()
+    check_is_run(config)
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory), profile.compilations() as compiled:
         if jax.process_index() == 0:

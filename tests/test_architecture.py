@@ -20,7 +20,7 @@ FLOORS = (
         | {"search", "synthesis", "pipeline", "effect", "plan", "utilisation", "label", "labelled"},
     ),
     ("what a job is made of", {"config", "step", "evaluate", "report"}),
-    ("parts", {"models", "data", "losses", "prompts", "teacher", "teachers", "generate", "sampling"}),
+    ("parts", {"models", "data", "losses", "prompts", "teacher", "teachers", "remote", "generate", "sampling"}),
     (
         "tools",
         {
@@ -36,6 +36,7 @@ FLOORS = (
             "stopping",
             "lock",
             "manifest",
+            "server",
             "shapes",
         },
     ),

@@ -144,6 +144,7 @@ def test_answers_drawn_with_the_teacher_tell_how_likely_they_were(made):
     assert reanswered(build(replace(made, answers=MIXED)), state, frozen, batch, 0).drawn is None
 
 
+@pytest.mark.slow
 def test_steps_learn_from_a_draw_again_also_those_of_a_run_that_goes_on(made, home, monkeypatch):
     """Three steps a draw, which the checkpoint holds: ended within them it goes on to the same weights, bit for bit."""
     made = replace(made, answers=replace(MIXED, unrelated=()), objective=MINILLM, steps=6)

@@ -17,9 +17,12 @@ from test_context import rows_of
 from kdjax.answers import answered
 from kdjax.build import build
 from kdjax.data.across import token_bytes
+from kdjax.errors import UserError
+from kdjax.label import label
 from kdjax.losses import ObjectiveConfig, chunk_divergence
 from kdjax.losses.across import projected, sorted_distance
 from kdjax.models import Model, ModelSpec, export
+from kdjax.plan.abstract import abstract_job
 from kdjax.sampling import AnswersConfig
 from kdjax.shapes import View
 from kdjax.sharding import MeshConfig, TeacherMeshConfig
@@ -63,12 +66,16 @@ def made(config, teacher, tmp_path):
     )  # fmt: skip
 
 
+@partial(jax.jit, static_argnums=0)
+def whole(model, params, tokens_BT, length):
+    row = jnp.arange(LONGEST)[None]
+    hidden_TD = model.apply(params, View(tokens_BT, (row < length).astype(jnp.int32), row)).hidden_BTD[0]
+    return jax.nn.log_softmax(hidden_TD @ model.head(params).w_DV)
+
+
 def log_probs(model, params, ids):
     """Of one text alone, in a row of its own."""
-    row = np.arange(LONGEST, dtype=np.int32)[None]
-    view = View(np.array([ids + [0] * (LONGEST - len(ids))], np.int32), (row < len(ids)).astype(np.int32), row)
-    hidden_TD = model.apply(params, view).hidden_BTD[0, : len(ids)]
-    return jax.nn.log_softmax(hidden_TD @ model.head(params).w_DV)
+    return whole(model, params, np.array([ids + [0] * (LONGEST - len(ids))], np.int32), len(ids))
 
 
 def examples(view, tokenizer):
@@ -160,14 +167,14 @@ def test_the_teachers_answers_are_in_its_own_tokens(made, home):
 
 
 REFUSED = {
-    "set data.teacher_tokenizer to own": lambda c, t: replace(
+    "a teacher with another one wants data.teacher_tokenizer": lambda c, t: replace(
         c, data=replace(c.data, teacher_tokenizer="", tokenizer=str(t / "tokenizer.json"))
     ),
     "uld and alm are of a teacher with another tokenizer": lambda c, t: replace(
         c, teacher=None, data=replace(c.data, teacher_tokenizer="")
     ),
-    "it is the student's tokenizer too": None,
-    "co_teachers are mixed token by token": lambda c, t: replace(c, co_teachers=(CoTeacher(ModelSpec()),)),
+    "data.teacher_tokenizer is the student's tokenizer too": None,
+    "co_teachers are mixed token by token": lambda c, t: replace(c, co_teachers=(CoTeacher(c.student),)),
     "teacher_mesh.devices is for a teacher with the student's tokens": lambda c, t: replace(
         c, batch_size=14, teacher_mesh=TeacherMeshConfig(devices=1)
     ),
@@ -176,3 +183,24 @@ REFUSED = {
         c, answers=AnswersConfig(student_share=0.5)
     ),
 }
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_wants_one_tokenizer_is_refused(made, teacher, said):
+    change = REFUSED[said]
+    if change is None:
+        path = str(teacher / "tokenizer.json")
+        student = replace(made.student, architecture=replace(SMALL, vocab_size=330))
+        wrong = replace(made, student=student, data=replace(made.data, tokenizer=path))
+    else:
+        wrong = change(made, teacher)
+    refused(wrong, said)
+
+
+def test_neither_a_cache_nor_a_plan_is_of_two_tokenizers(made, home):
+    with pytest.raises(UserError, match="a cache is of the student's tokens"):
+        label(made, home / "cache")
+    with pytest.raises(UserError, match="a plan is of one tokenizer"):
+        abstract_job(made, jax.devices()[:1])
+    with pytest.raises(UserError, match="data.teacher_tokenizer is for causal_lm in rows of first_fit"):
+        replace(made.data, packing="concat")

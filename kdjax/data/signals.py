@@ -89,7 +89,8 @@ def _step(low_N: np.ndarray, high_N: np.ndarray, bits: int) -> np.ndarray:
 
 def _pack_top_k(said: Arrays, settings: Settings) -> Arrays:
     kept = quantise(said["log_probs"], settings.bits) | {"ids": pack_ids(said["ids"], settings.vocab_size)}
-    return kept | {"log_tail": said["log_tail"].astype(np.float16), "log_z": said["log_z"].astype(np.float32)}
+    kept |= {"log_tail": said["log_tail"].astype(np.float16)}
+    return kept | ({"log_z": said["log_z"].astype(np.float32)} if "log_z" in said else {})  # a server tells none
 
 
 def _unpack_top_k(kept: Arrays, settings: Settings) -> Arrays:

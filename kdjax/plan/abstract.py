@@ -47,6 +47,8 @@ def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str],
     place, teacher_place = places(config, devices)
     if config.cache:
         raise UserError("cache is set; a plan is of a teacher that is run: leave it out, as --cache ''")
+    if config.teacher_server.source:
+        raise UserError("teacher_server is set; a plan is of a teacher that is run: leave it out")
     if config.co_teachers:
         raise UserError("co_teachers is set, but a plan is of one teacher: leave them out, and add theirs by hand")
     if config.data.teacher_tokenizer:

@@ -122,9 +122,15 @@ def what(config: Json) -> str:
         made = f"a new {shape.get('family')} of {shape.get('layers')} layers and width {shape.get('width')}"
     else:
         made = f"{kept} layers of {source}" if kept else source
-    kind = teacher.get("quantize", "none")
-    taught = f"{teacher.get('source')}{'' if kind == 'none' else f' in {kind}'}"
-    return f"{taught} → {made}" if teacher else f"{made}, pre-trained"
+    kind, served = teacher.get("quantize", "none"), _served(config)
+    taught = f"{teacher.get('source')}{'' if kind == 'none' else f' in {kind}'}" if teacher else served
+    return f"{taught} → {made}" if taught else f"{made}, pre-trained"
+
+
+def _served(config: Json) -> str:
+    """Return what a server calls the teacher; empty without one."""
+    server = mapping(config.get("teacher_server"))
+    return str(server.get("model")) if server.get("source") else ""
 
 
 def how(config: Json) -> list[str]:
@@ -135,7 +141,7 @@ def how(config: Json) -> list[str]:
         "α": objective.get("alpha"),
         "temperature": objective.get("temperature"),
     }
-    words = words if config.get("teacher") and objective else {}
+    words = words if (config.get("teacher") or _served(config)) and objective else {}
     student = mapping(config.get("student"))
     words |= {"LoRA of rank": mapping(student.get("lora")).get("rank") or None}
     words |= {"soft prompt, tokens:": mapping(student.get("soft_prompt")).get("tokens") or None}

@@ -1,14 +1,15 @@
 """A server that speaks OpenAI's protocol: asked, asked again, refused; and its key told to nobody."""
 
+import contextlib
 import json
 import threading
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tiny_server import serving
 
+from kdjax import server as client
 from kdjax.errors import UserError
-from kdjax.prompts import server as client
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.speaker import How
@@ -26,45 +27,26 @@ def completion(text):
 @pytest.fixture
 def serve(monkeypatch):
     """Serve replies in turn (the last one for ever), each (status, body, headers) or a function of the request."""
-    running, waits = [], []
+    waits = []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("TINY_KEY", KEY)
     monkeypatch.setattr(client.time, "sleep", waits.append)
+    with contextlib.ExitStack() as running:
 
-    def start(*replies, **more):
-        replies, seen = list(replies), []
+        def start(*replies, **more):
+            replies, seen = list(replies), []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                seen.append((self.path, dict(self.headers), body))
+            def answer(path, headers, body):
+                seen.append((path, headers, body))
                 reply = replies.pop(0) if len(replies) > 1 else replies[0]
-                status, body, headers = reply(body) if callable(reply) else reply
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in ({"Content-Length": str(len(data))} | headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
+                return reply(body) if callable(reply) else reply
 
-            def log_message(self, *arguments):
-                pass
+            url = running.enter_context(serving(answer))
+            config = SpeakerConfig(url, "tiny", "TINY_KEY", timeout=5, retries=2, **more)
+            return open_speaker(config), seen, waits
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.handle_error = lambda *_: None  # a client that has gone
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        running.append((server, thread))
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        config = SpeakerConfig(url, "tiny", "TINY_KEY", timeout=5, retries=2, **more)
-        return open_speaker(config), seen, waits
-
-    yield start
-    for server, thread in running:
-        server.shutdown()
-        thread.join(5)
-        server.server_close()
+        yield start
 
 
 def test_prompts_are_asked_in_order_and_answers_stopped(serve):
