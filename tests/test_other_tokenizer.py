@@ -202,5 +202,5 @@ def test_neither_a_cache_nor_a_plan_is_of_two_tokenizers(made, home):
         label(made, home / "cache")
     with pytest.raises(UserError, match="a plan is of one tokenizer"):
         abstract_job(made, jax.devices()[:1])
-    with pytest.raises(UserError, match="data.teacher_tokenizer is for causal_lm in rows of first_fit"):
+    with pytest.raises(UserError, match="views are of prompts with answers, for causal_lm in rows of first_fit"):
         replace(made.data, packing="concat")
