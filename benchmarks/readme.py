@@ -20,6 +20,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import (
+    answers,
     arms,
     cache,
     checkpoint,
@@ -38,6 +39,7 @@ from benchmarks import (
     prompt_distill,
     prompts,
     quality,
+    runs,
     scaling,
     screening,
     search,
@@ -47,6 +49,7 @@ from benchmarks import (
     students,
     teacher,
     teachers,
+    tokenizers,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -242,6 +245,8 @@ def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results:
 TEACHER_BLOCKS: dict[str, Callable[[Path], str]] = {
     "teachers": lambda results: teachers.markdown(harness.read(results / "teachers.jsonl")),
     "cache": lambda results: cache.markdown(harness.read(results / "cache.jsonl")),
+    "answers": lambda results: runs.markdown(answers.STUDY, harness.read(results / "answers.jsonl")),
+    "tokenizers": lambda results: runs.markdown(tokenizers.STUDY, harness.read(results / "tokenizers.jsonl")),
 }
 """The same for the page of what a teacher says."""
 

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def write_answers(config: Config, directory: Path) -> Path:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Return what answers depend on, as JSON gives it back."""
-    unread = ("batch_size", "student_share", "behaviour", "unrelated")
+    unread = ("batch_size", "student_share", "teacher_share", "reuse", "clip_ratio", "behaviour", "unrelated")
     shown = ("sources", "tokenizer", "teacher_tokenizer", "chat_template", "teacher_view", "prompt_field")
     whole = asdict(config)
     answers = {name: value for name, value in whole["answers"].items() if name not in unread}
@@ -153,6 +154,9 @@ def _more(config: Config, asked: Sequence[Question], answer: Answer, file: Any, 
         text = settled(text, own.stop, is_over=True)[0]
         if not text.strip():
             dropped["without an answer"] += 1
+            continue
+        if not re.search(own.only, text):
+            dropped["without what answers.only asks for"] += 1
             continue
         row = {**question.columns, **thoughts, config.data.answer_field: text}
         file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")

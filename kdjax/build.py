@@ -80,13 +80,13 @@ def build(config: Config, text: data.DataConfig | None = None) -> Job:
         teacher_tokenizer=other,
     )
     _check_length(config, {"teacher": teacher}, len(loader.shared))
-    made = recipe(config, place, student, teacher, brings=None if teacher_place is place else 1.0)
+    student_of_U = None
+    if other is not None and teacher is not None:
+        student_of_U = data.student_of(tokenizer, other, teacher.model.config.vocab_size)
+    made = recipe(config, place, student, teacher, None if teacher_place is place else 1.0, student_of_U)
     if others:
         live = [made.signal_of, *(live_teacher(one.model, name=name) for name, one in others.items())]
         made = replace(made, signal_of=mixed(live, shares_SK))
-    if other is not None and teacher is not None:
-        student_of_U = data.student_of(tokenizer, other, teacher.model.config.vocab_size)
-        made = replace(made, signal_of=other_teacher(teacher.model, student_of_U, made.objective, place.shard_loss))
     return Job(config, place, teacher_place, student, teacher, tokenizer, loader, made, others, other)
 
 
@@ -215,9 +215,23 @@ def check_context(config: Config, place: Placement, models: dict[str, Named | No
 
 
 def recipe(
-    config: Config, place: Placement, student: Named, teacher: Named | None, brings: float | None = None
+    config: Config,
+    place: Placement,
+    student: Named,
+    teacher: Named | None,
+    brings: float | None = None,
+    student_of_U: Any = None,
 ) -> Recipe:
-    """Return what the step is made of; where batches bring what a teacher says, at the temperature it was taken at."""
+    """Return what the step is made of.
+
+    Args:
+        config: the run's.
+        place: where the student lies.
+        student: the model that is trained.
+        teacher: the one that teaches; none where nobody does, or a server has.
+        brings: the temperature of what a teacher says, where batches bring that.
+        student_of_U: of a teacher with another tokenizer which of the student's entries each of its own counts as.
+    """
     objective, widths = _with_features(config.objective, student, teacher)
     params = jax.eval_shape(
         lambda key: {"student": student.init(key), "projections": init_projections(widths, key)},
@@ -225,6 +239,7 @@ def recipe(
     )
     model: Any = None if teacher is None else teacher.model
     live = no_teacher if teacher is None else live_teacher(model, tapped(objective.features, 1))
+    live = live if student_of_U is None else other_teacher(model, student_of_U, objective, place.shard_loss)
     return Recipe(
         model=student.model,
         objective=objective,

@@ -38,7 +38,7 @@ def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named | None
     whole = asdict(config)
     shown = {name: value for name, value in whole["data"].items() if name not in FREE}
     views = load_views(config.data, config.student.gist)
-    answers = {name: whole["answers"][name] for name in ("by", "count", "tokens", "sampling", "stop", "seed")}
+    answers = {name: whole["answers"][name] for name in ("by", "count", "tokens", "sampling", "stop", "only", "seed")}
     served = {"teacher": config.teacher_server.name}
     return _listed(
         {

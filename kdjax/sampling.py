@@ -75,6 +75,8 @@ class AnswersConfig:
     """How the teacher's tokens and the student's are chosen."""
     stop: tuple[str, ...] = ()
     """Texts before which an answer of the teacher ends, for models that do not end it themselves."""
+    only: str = ""
+    """A regular expression: an answer of the teacher that does not have it is dropped, and counted in answers.json."""
     scratchpad: str = ""
     """A text with which the teacher ends its thoughts, `Answer:` for example: what it wrote up to there becomes the
     column `scratchpad`, for the teacher's view; what follows is the answer. Others are dropped (arXiv:2209.15189)."""
@@ -108,10 +110,11 @@ class AnswersConfig:
         if self.teacher_share and not self.sampling.temperature:
             raise UserError("answers.teacher_share mixes what is drawn; set answers.sampling.temperature above 0")
         self.sampling.check()
-        try:
-            re.compile(self.behaviour)
-        except re.error as error:
-            raise UserError(f"answers.behaviour {self.behaviour!r} is no regular expression: {error}") from None
+        for name in ("behaviour", "only"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise UserError(f"answers.{name} {getattr(self, name)!r} is no regular expression: {error}") from None
 
 
 def choose(logits_BV: Array, sampling: Sampling, keys_B: Array) -> Array:

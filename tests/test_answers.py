@@ -3,6 +3,7 @@
 # ruff: noqa: F811
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -61,6 +62,18 @@ def test_an_answer_ends_before_a_stop(asked, tmp_path):
         prompt: text for prompt, text in cut.items() if text.strip()
     }
     assert cut != whole
+
+
+def test_only_answers_that_are_wanted_are_kept(asked, tmp_path):
+    write_answers(asked, tmp_path)
+    whole = [row["answer"] for row in read(tmp_path)]
+    (tmp_path / "some").mkdir()
+    letter = whole[0][0]
+    write_answers(replace(asked, answers=replace(asked.answers, only=f"^{re.escape(letter)}")), tmp_path / "some")
+    wanted = [text for text in whole if text[0] == letter]
+    assert [row["answer"] for row in read(tmp_path / "some")] == wanted and 0 < len(wanted) < len(whole)
+    told = json.loads((tmp_path / "some" / PROGRESS).read_text())
+    assert told["dropped"] == {"without what answers.only asks for": len(whole) - len(wanted)}
 
 
 @pytest.mark.slow

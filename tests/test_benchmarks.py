@@ -504,6 +504,8 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
         ("generate", ()),
         ("prompts", ()),
         ("teachers", ("--teachers", "12 draws, 8 bits")),
+        ("answers", ("--arms", "its own and the teacher's together, MiniLLM")),
+        ("tokenizers", ("--arms", "ALM")),
         ("quality", ("--arms", "forward KL, T = 1")),
         ("teacher", ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16")),
         ("checkpoint", ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1")),
@@ -512,7 +514,7 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
 def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_path):
     kept = tmp_path / "kept.jsonl"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(kept)]
-    command += ["--home", str(tmp_path)] if name in ("quality", "teachers") else []
+    command += ["--home", str(tmp_path)] if name in ("quality", "teachers", "answers", "tokenizers") else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -527,6 +529,10 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
     elif name == "teachers":
         assert found["teacher"] == "12 draws, 8 bits" and 0 < found["bytes_per_token"] < 200
         assert 0 < found["kl_after"] < found["kl_before"] and found["label_seconds"] > 0
+    elif name == "answers":
+        assert found["own_share"] == 1 and 0 < found["generation_seconds"] and 0 < found["own_kl"] < 1
+    elif name == "tokenizers":
+        assert found["arm"] == "ALM" and 0 < found["kl_after"] and 4 < found["ce_after"] < 7
     elif name == "quality":
         assert found["arm"] == "forward KL, T = 1" and found["tokens"] == 2 * 8 * 256 and found["kl"] > 0
     elif name == "teacher":

@@ -22,7 +22,6 @@ from kdjax.label import label
 from kdjax.losses import ObjectiveConfig, chunk_divergence
 from kdjax.losses.across import projected, sorted_distance
 from kdjax.models import Model, ModelSpec, export
-from kdjax.plan.abstract import abstract_job
 from kdjax.sampling import AnswersConfig
 from kdjax.shapes import View
 from kdjax.sharding import MeshConfig, TeacherMeshConfig
@@ -197,10 +196,8 @@ def test_what_wants_one_tokenizer_is_refused(made, teacher, said):
     refused(wrong, said)
 
 
-def test_neither_a_cache_nor_a_plan_is_of_two_tokenizers(made, home):
+def test_a_cache_is_of_one_tokenizer(made, home):
     with pytest.raises(UserError, match="a cache is of the student's tokens"):
         label(made, home / "cache")
-    with pytest.raises(UserError, match="a plan is of one tokenizer"):
-        abstract_job(made, jax.devices()[:1])
     with pytest.raises(UserError, match="views are of prompts with answers, for causal_lm in rows of first_fit"):
         replace(made.data, packing="concat")

@@ -3,22 +3,18 @@
 import ast
 import json
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from kdjax import build
 from kdjax import config as configs
 from kdjax.models import LazyTensor, Model, ModelFile
 from kdjax.models.known import known_architecture
 from kdjax.pipeline import PipelineConfig
+from kdjax.plan.abstract import abstract_batch, abstract_job
 from kdjax.prompts.config import EffectConfig, PromptsConfig
-from kdjax.shapes import Batch, View
-from kdjax.sharding import placement
 from kdjax.step import init_state, step
 
 ROOT = Path(__file__).parents[1]
@@ -90,16 +86,9 @@ def test_its_json_round_trips(recipe):
 
 def test_its_step_fits_together(recipe):
     config = configs.load(str(recipe))
-    place = placement(config.mesh, jax.devices()[:1])
-    place.check_batch(config.batch_size, config.microbatches)
-    student, teacher = build.models(config, place, open_file=unread)
-    parts = build.recipe(config, place, student, teacher)
-    shape = (config.batch_size, config.data.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
-    view = View(tokens, tokens, tokens)
-    view = replace(view, encoder=view) if student.model.config.encoder_layers else view
-    batch = Batch(view, tokens, tokens, weights, weights)
+    job = abstract_job(config, jax.devices()[:1], unread)
+    place, parts, student, teacher = job.place, job.recipe, job.student, job.teacher
+    batch = abstract_batch(job)
     state = jax.eval_shape(lambda key: init_state(parts, student.init(key)), jax.random.key(0))
     frozen = {} if teacher is None else {"teacher": jax.eval_shape(teacher.model.init, jax.random.key(0))}
     if not student.is_whole:

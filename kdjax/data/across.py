@@ -100,6 +100,10 @@ def encode_across(
         ends = [np.append(np.flatnonzero(chunk_T == BEGINS), len(chunk_T)) for chunk_T in chunks]
         fits = [end <= most - len(lead) for end, most, lead in zip(ends, room, (before, ahead), strict=True)]
         last = int(np.flatnonzero(fits[0] & fits[1])[-1])
+        if not ends[0][last]:
+            raise UserError(
+                "a row has no room for its first tokens; raise data.sequence_length and data.teacher_length"
+            )
         sides = [(lead, ids[: end[last]]) for (lead, ids), end in zip(sides, ends, strict=True)]
         chunks = tuple(chunk_T[: end[last]] for chunk_T, end in zip(chunks, ends, strict=True))
     if not before or not ahead:  # nothing predicts the first token of one of them

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax.build import check_context, places, recipe
 from kdjax.config import Config
@@ -21,7 +22,7 @@ from kdjax.models.lora import is_trained, part
 from kdjax.models.paths import nested, parameter_paths
 from kdjax.models.quantize import quantized, quantized_axes
 from kdjax.named import Named, is_offloaded, models
-from kdjax.shapes import Batch, View
+from kdjax.shapes import Batch, Spans, View
 from kdjax.sharding import ON_HOST, Placement
 
 
@@ -51,14 +52,15 @@ def abstract_job(config: Config, devices: Sequence[Any], opened: Callable[[str],
         raise UserError("teacher_server is set; a plan is of a teacher that is run: leave it out")
     if config.co_teachers:
         raise UserError("co_teachers is set, but a plan is of one teacher: leave them out, and add theirs by hand")
-    if config.data.teacher_tokenizer:
-        raise UserError("data.teacher_tokenizer is set, but a plan is of one tokenizer: leave it out")
     if config.student.soft_prompt.tokens < 0:
         raise UserError("student.soft_prompt.tokens is -1, which a tokenizer would count; give a number to plan with")
     student, teacher = models(config, place, teacher_place, opened)
     check_context(config, place, {"student": student})
     check_context(config, teacher_place, {"teacher": teacher})
-    made = recipe(config, place, student, teacher, 1.0 if teacher_place is not place else None)
+    student_of_U = None
+    if config.data.teacher_tokenizer and teacher is not None:
+        student_of_U = np.zeros(teacher.model.config.vocab_size, np.int32)
+    made = recipe(config, place, student, teacher, 1.0 if teacher_place is not place else None, student_of_U)
     no_tokenizer, no_data = cast(Any, None), cast(Any, SimpleNamespace(shared=()))
     return Job(config, place, teacher_place, student, teacher, no_tokenizer, no_data, made)
 
@@ -131,4 +133,6 @@ def abstract_batch(job: Job) -> Batch:
         student = replace(student, encoder=view("inputs"))
     teacher = view("teacher_tokens") if "teacher_tokens" in lengths else None
     row, weight = array(lengths["tokens"]), array(lengths["tokens"], jnp.float32)
-    return Batch(student, row, row, weight, weight, teacher, None if teacher is None else row)
+    other = array(lengths["teacher_tokens"]) if "teacher_chunk" in lengths else None
+    spans = None if other is None else Spans(row, other, other, other)
+    return Batch(student, row, row, weight, weight, teacher, None if teacher is None else row, spans=spans)

@@ -104,7 +104,7 @@ def step_flops(config: Config, student: ModelConfig, *teachers: ModelConfig) -> 
         length = (data.teacher_length or tokens) if data.has_teacher_rows else tokens
         its = forward(teacher, rows, length, data.sequence_length)
         taught, taught_seen = taught + its.weights + its.attention, taught_seen + its.weights + its.seen
-        loss += head * teacher.width
+        loss += (2.0 * rows * length * teacher.vocab_size if data.teacher_tokenizer else head) * teacher.width
     return Flops(
         teacher=taught,
         student=trained + 3 * own.attention,
