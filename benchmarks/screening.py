@@ -145,11 +145,15 @@ def measure(speaker: Speaker, name: str, shots: int, draw: int, tests: int) -> h
 
 def markdown(rows: Sequence[harness.Row]) -> str:
     """Return the table of docs/case-study.md; tasks that are not measured whole are left out."""
-    lines = ["| task | labels | majority | answers | " + " | ".join(f"{n} shots" for n in SHOTS) + " | gain | |"]
+    absent, lines = (
+        [],
+        ["| task | labels | majority | answers | " + " | ".join(f"{n} shots" for n in SHOTS) + " | gain | |"],
+    )
     lines += ["|:--|--:|--:|:--|" + "--:|" * len(SHOTS) + "--:|:--|"]
     for name in SCREENED:
         own = [row for row in rows if row["task"] == name]
         if len(own) < 1 + DRAWS * (len(SHOTS) - 1):
+            absent.append(name)
             continue
         for way in ("plain", "calibrated"):
             arms = {n: np.array([row[way] for row in own if row["shots"] == n], float) for n in SHOTS}
@@ -163,7 +167,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         return "Not measured yet: `python -m benchmarks.screening` writes the figures that stand here."
     here = rows[-1]["environment"]
     about = f"{MODEL}; {len(rows[0]['plain'])} test examples; {here['device']}; commit {here.get('commit', '?')}."
-    return "\n".join([*lines, "", about])
+    short = f" Not measured whole yet: {'; '.join(absent)}." if absent else ""
+    return "\n".join([*lines, "", f"{about}{short}"])
 
 
 def _percent(value: float) -> str:

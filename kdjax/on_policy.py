@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
@@ -96,6 +97,7 @@ def take(job: Job, batches: Iterator[tuple[Batch, Any]], state: TrainState, froz
     batch, after = next(batches)
     if not is_own:
         return Turn(batch, after, False, 0.0)
+    jax.block_until_ready(state)  # drawing would wait for the step before, whose time this is not
     began = time.perf_counter()
     batch = reanswered(job, state, frozen, batch, step)
     after = after | {DRAWN: _as_text(batch)} if own.reuse > 1 else after
