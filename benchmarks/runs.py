@@ -86,7 +86,7 @@ def markdown(study: Study, rows: Sequence[harness.Row]) -> str:
     for row in rows:
         lines.append(f"| {' | '.join([row['arm'], *(cell(row) for cell in study.columns.values())])} |")
     absent = [arm for arm in study.arms if arm not in {row["arm"] for row in rows}]
-    short = f" Not measured yet: {', '.join(absent)}." if absent else ""
+    short = f" Not measured yet: {'; '.join(absent)}." if absent else ""
     shown = f"![{study.curve[1]}, beside steps]({study.picture.name})"
     about = f"{study.about(rows[-1])}{short} {harness.measured_on(rows[-1]['environment'])}."
     return "\n".join([*lines, "", shown, "", about])
