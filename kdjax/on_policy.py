@@ -111,8 +111,8 @@ def reanswered(job: Job, state: TrainState, frozen: Any, batch: Batch, step: int
     place in the batch alone.
     """
     rows, answers = data.rows_of(batch), job.config.answers
-    asked = data.examples_of(rows)
-    asked = asked + asked[-1:] * (-len(asked) % UNIT)
+    examples = data.examples_of(rows)
+    asked = examples + examples[-1:] * (-len(examples) % UNIT)
     params, beside = student_params(job.recipe, state.params, frozen), None
     if answers.teacher_share:
         frozen = taught_by(job.recipe, state, frozen)
@@ -122,14 +122,14 @@ def reanswered(job: Job, state: TrainState, frozen: Any, batch: Batch, step: int
     seed = int(np.random.SeedSequence([answers.seed, step]).generate_state(1)[0] >> 1)
     how: Any = {"max_new_tokens": answers.tokens, "sampling": answers.sampling, "eos_ids": job.tokenizer.eos_ids}
     said = generate(job.student.model, params, [one.student for one in asked], seed=seed, beside=beside, **how)
-    batch = data.reanswered(rows, said[: len(data.examples_of(rows))])
-    if not weighs(job):
+    batch = data.reanswered(rows, said[: len(examples)])
+    if not _weighs(job):
         return batch
     likely = job.likely(state.params, *job.given(frozen, batch))
     return replace(batch, drawn=Drawn(*job.place.own_rows(likely)))
 
 
-def weighs(job: Job) -> bool:
+def _weighs(job: Job) -> bool:
     """Return whether tokens weigh by how likely they were when they were drawn."""
     own = job.config.answers
     by_samples = any(term.weighed_by_samples for term in job.recipe.objective.all_terms)

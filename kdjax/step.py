@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -202,7 +203,9 @@ def _of_chunks(
         distance_BR = chunk_divergence(ours_BR, signal.chunks_BR, **dict(term.chosen.parameters))
         kd = kd + value_at(term.weight, progress) * jnp.sum(kd_weight_BR * distance_BR)
     alpha = value_at(recipe.objective.alpha, progress)
-    return alpha * loss + (1 - alpha) * kd, parts | {"kd": lax.stop_gradient(kd)}
+    # A constant 0 leaves out the cross entropy: 0·gradient would be computed.
+    loss = kd if isinstance(alpha, float) and alpha == 0 else alpha * loss + (1 - alpha) * kd
+    return loss, parts | {"kd": lax.stop_gradient(kd)}
 
 
 def _of_samples(recipe: Recipe, hidden_ND: Array, head: Head, signal: Any, batch: Batch) -> dict[str, Array]:
@@ -243,9 +246,10 @@ def likely(
         hidden_ND, head = pick_rows(output.hidden_BTD, batch.student_rows_BR), recipe.model.head(student)
         how: Any = {"temperature": temperature, "shard": recipe.shard}
         given = batch.targets_BR.reshape(-1), recipe.objective
-        log_q_N = target_log_probs(hidden_ND, head, *given, **how)
-        log_p_N = said_log_probs(recipe.signal_of(frozen, batch), *given, **how)
-        mixed_N = jnp.log((1 - teacher_share) * jnp.exp(log_q_N) + teacher_share * jnp.exp(log_p_N))
+        log_q_N = mixed_N = target_log_probs(hidden_ND, head, *given, **how)
+        if teacher_share:  # otherwise it has no part in what was drawn, and is not run
+            log_p_N = said_log_probs(recipe.signal_of(frozen, batch), *given, **how)
+            mixed_N = jnp.logaddexp(log_q_N + math.log1p(-teacher_share), log_p_N + math.log(teacher_share))
         return log_q_N.reshape(batch.targets_BR.shape), mixed_N.reshape(batch.targets_BR.shape)
 
     found = lax.map(of_some, jax.tree.map(lambda x: in_parts(x, recipe.microbatches), batch))

@@ -181,7 +181,9 @@ def _shown(text: bytes) -> str:
     return repr(text[:40].decode(errors="replace"))
 
 
-def with_other_teacher(batch: Batch, rows: Sequence[Mapping[str, np.ndarray]], view: View, weight_BT: np.ndarray):
+def with_other_teacher(
+    batch: Batch, rows: Sequence[Mapping[str, np.ndarray]], view: View, weight_BT: np.ndarray
+) -> Batch:
     """Return the batch with a teacher's view in its own tokens: pairs at the borders, and chunks between them.
 
     The divergence then weighs where a chunk begins, the cross entropy everywhere.
