@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 from kdjax.data import Tokenizer, check_fits, load_tokenizer
 from kdjax.errors import UserError
 from kdjax.generate import check_prompts, stream, texts
-from kdjax.models import Model, open_model
+from kdjax.models import Model, Prefix, open_model, prefix_of
 from kdjax.prompts.config import SpeakerConfig
-from kdjax.prompts.likelihood import log_likelihoods, log_probs
+from kdjax.prompts.likelihood import Tokens, log_likelihoods, log_probs
 from kdjax.prompts.speaker import How, Said, Weighed
 from kdjax.sharding import MeshConfig, Placement, placement
 
@@ -125,17 +125,23 @@ class Local:
         for (prompt, _), (before, after) in zip(pairs, ids, strict=True):
             self._check_length(prompt, len(before), len(after))
         sums = log_likelihoods(
-            lambda asked: self._log_probs(self.params, {}, self.place.put_batch(asked)),
+            lambda shared, asked: self._log_probs(self.params, self._prefix(shared), self.place.put_batch(asked)),
             ids,
             batch_tokens=self.config.batch_tokens,
             most=self.model.config.max_positions,
             unit=self.place.batch_devices,
+            shares=not self.model.config.why_no_prefix,
         )
         return [Weighed(total, len(before), len(after)) for total, (before, after) in zip(sums, ids, strict=True)]
 
     @cached_property
     def _log_probs(self) -> Callable[..., Any]:
-        return self.place.compile_sums(lambda params, _, asked: log_probs(self.model, params, asked))
+        return self.place.compile_sums(partial(log_probs, self.model))
+
+    @cached_property
+    def _prefix(self) -> Callable[[Tokens], Prefix | None]:
+        """Return how the beginning of a group's rows is read: once for all its batches."""
+        return lru_cache(1)(lambda shared: prefix_of(self.model, self.params, shared) if shared else None)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Return the tokens of a prompt."""
