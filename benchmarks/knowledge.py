@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.prompt_distill import sampled_once
 from kdjax import config as configs
-from kdjax.answers import ANSWERS, PROGRESS, write_answers
+from kdjax.answers import ANSWERS, PROGRESS, answered
+from kdjax.build import build
 from kdjax.config import Config
 from kdjax.console import percent, small
 from kdjax.data import DataConfig
@@ -32,12 +34,18 @@ from kdjax.data.holdout import split_documents
 from kdjax.data.invented import facts
 from kdjax.data.sources import open_source
 from kdjax.jobs import generate_texts
+from kdjax.label import label
+from kdjax.models import ModelSpec
+from kdjax.recovery import recovery
 from kdjax.sampling import AnswersConfig
+from kdjax.teacher import LabelConfig
 from kdjax.train import train
 
 RESULTS = harness.RESULTS / "knowledge.jsonl"
 RECIPE = harness.ROOT / "configs" / "knowledge.py"
 
+KEPT = LabelConfig(kind="hidden", batches=27)
+"""What the teacher says to three epochs, which later ones go through in other orders."""
 SPLITS = {"wording": "id", "fact": "fact"}
 """How questions are held out -> the column whose values are held out together."""
 
@@ -85,20 +93,29 @@ ARMS: dict[str, Callable[[Config, Path], Config]] = {
 
 
 def of_arm(arm: str, split: str, rate: float, seed: int, home: Path) -> harness.Row:
-    """Return the figures of one run."""
+    """Return the figures of one run.
+
+    What the teacher says is kept once, as hidden states, since the same few questions are seen in many epochs.
+    """
     config = configs.load(str(RECIPE))
     data = replace(config.data, group_field=SPLITS[split], seed=seed)
     optim = replace(config.optim, learning_rate=rate)
     config = replace(config, data=data, optim=optim, seed=seed, eval_every=0)
-    taught, run = ARMS[arm](config, home), home / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
+    taught, run, cache = ARMS[arm](config, home), home / "run", home / "cache"
+    for made in (run, cache):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+    said = sampled_once(config, home / "answers")
     if taught.answers.by == "teacher":
-        (home / "answers").mkdir(exist_ok=True)
-        write_answers(config, home / "answers")
         for name in (ANSWERS, PROGRESS):
-            shutil.copy(home / "answers" / name, run)
+            shutil.copy(said / name, run)
+            shutil.copy(said / name, cache)
+    if taught.objective.alpha < 1.0:
+        label(replace(taught, label=KEPT), cache)
+        taught = replace(taught, cache=str(cache))
     summary = train(taught, run)
+    job = build(replace(config, student=ModelSpec(source=str(run))), answered(config, said))
+    summary |= recovery(job, job.start().params, job.frozen())
     figures = {name: summary.get(name) for name in ("steps", "train_tokens", "seconds", "recovered", "forgetting")}
     return figures | accuracies(config, run)
 
