@@ -110,7 +110,7 @@ def of_arm(arm: str, split: str, rate: float, seed: int, home: Path) -> harness.
         for name in (ANSWERS, PROGRESS):
             shutil.copy(said / name, run)
             shutil.copy(said / name, cache)
-    if taught.objective.alpha < 1.0:
+    if taught.objective.alpha != 1.0:
         label(replace(taught, label=KEPT), cache)
         taught = replace(taught, cache=str(cache))
     summary = train(taught, run)
