@@ -10,7 +10,6 @@ benchmarks/results/arms.jsonl, of which docs/arms.svg is drawn; `python -m bench
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from benchmarks.prompt_distill import sampled_once, unrelated
 from kdjax import config as configs
 from kdjax.answers import ANSWERS, PROGRESS, answered
@@ -136,9 +135,9 @@ def base() -> Config:
     return replace(_student(configs.load(str(RECIPE)), lora=Lora(16)), steps=STEPS, eval_every=0, prompt="")
 
 
-def of_arm(name: str, rate: float, seed: int, home: Path) -> harness.Row:
-    """Return the figures of one run, measured on the answers that the recipe's prompt has drawn out of the teacher."""
-    config, arm, run = base(), ARMS[name], home / "run"
+def of_arm(config: Config, name: str, rate: float, seed: int, home: Path) -> harness.Row:
+    """Return the figures of one run, measured on the answers that the base's prompt has drawn out of the teacher."""
+    arm, run = ARMS[name], home / "run"
     config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
     shared = sampled_once(config, home / "answers")
     taught = arm.of(config, home)
@@ -265,16 +264,15 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet: all arms at their middle rate first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--tries", type=int, default=len(FACTORS), help="how many of an arm's rates; the middle first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, default=Path("runs") / "arms", metavar="DIR")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH")
     options = parser.parse_args(arguments)
-    environment = harness.environment()
-    done = {(row["arm"], row["rate"], row["seed"]) for row in harness.read(options.results)}
+    environment, rows = harness.environment(), harness.kept(options)
+    done = {(row["arm"], row["rate"], row["seed"]) for row in rows}
     plan = [
         (arm, rate, options.seed)
         for n in range(options.tries)
@@ -283,12 +281,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     left = [case for case in plan if case not in done]
     progress = harness.Progress(len(left), None)
-    for arm, rate, seed in left:
-        row = {"what": "arms", "arm": arm, "rate": rate, "seed": seed} | of_arm(arm, rate, seed, options.home)
-        harness.append(options.results, [row | {"environment": environment}])
-        with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
-            picture(harness.read(options.results)).savefig(options.picture, metadata={"Date": None})
-        progress.advance(1, f"{arm}, rate {rate:g}: recovered {percent(row['recovered'])}")
+    with harness.home(options, options.home) as home:
+        config = quick.recipe(base(), home) if options.quick else base()
+        for arm, rate, seed in left:
+            row = {"what": "arms", "arm": arm, "rate": rate, "seed": seed} | of_arm(config, arm, rate, seed, home)
+            rows.append(harness.tell(options, row, environment))
+            progress.advance(1, f"{arm}, rate {rate:g}: recovered {percent(row['recovered'])}")
+            if not options.quick:
+                with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
+                    picture(rows).savefig(options.picture, metadata={"Date": None})
     return 0
 
 

@@ -9,7 +9,8 @@ drawn: what seeks modes settles on the larger bump, what covers spreads over bot
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import optax
 from jax import lax
 from matplotlib.figure import Figure
 
+from benchmarks import harness
 from kdjax.losses import choose
 from kdjax.shapes import Array
 
-PICTURE = Path(__file__).parent.parent / "docs" / "divergences.svg"
+PICTURE = harness.ROOT / "docs" / "divergences.svg"
 TEXTS = (
     *("forward_kl", "reverse_kl", "symmetric_kl", "jsd"),
     *("jsd(beta=0.1)", "jsd(beta=0.9)", "interpolated_jsd(beta=0.1)", "interpolated_jsd(beta=0.9)"),
@@ -110,16 +112,17 @@ def draw(fits: dict[str, tuple[float, float]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes, .svg or .png")
-    path = parser.parse_args().out
-    fits = {text: fit(text) for text in TEXTS}
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fit all, print the fits and draw them in the place of the picture there was; of a trial only print two."""
+    options = harness.parser(__doc__, PICTURE).parse_args(arguments)
+    fits = {text: fit(text) for text in (TEXTS[:2] if options.quick else TEXTS)}
     for text, (mean, width) in fits.items():
         print(f"{text:28} mean {mean:+.3f}  width {width:.3f}")
-    with matplotlib.rc_context(STYLE):
-        draw(fits, path)
+    if not options.quick:
+        with matplotlib.rc_context(STYLE):
+            draw(fits, options.results)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,13 +8,13 @@ reads of it into docs/effect.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.effect import effect
 from kdjax.prompts.config import EffectConfig
@@ -39,12 +39,16 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Analyse, or go on with it, and write the row in the place of the one there was."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--run", type=Path, default=Path("runs") / "effect", metavar="DIR")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    found = effect(configs.load(str(RECIPE), EffectConfig), options.run)
-    options.results.write_text(json.dumps({"what": "effect"} | found) + "\n", "utf-8")
+    config = configs.load(str(RECIPE), EffectConfig)
+    with harness.home(options, options.run.parent) as home:
+        if options.quick:
+            config = replace(config, prompts=quick.prompts(config.prompts, home), orders=1, draws=1, most_shots=1)
+        found = effect(config, home / options.run.name)
+    if not options.quick:
+        options.results.write_text(json.dumps({"what": "effect"} | found) + "\n", "utf-8")
     print(markdown([found]))
     return 0
 

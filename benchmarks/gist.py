@@ -7,14 +7,14 @@ The row goes to benchmarks/results/gist.jsonl.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
+from kdjax.config import Config
 from kdjax.console import count, percent, small
 from kdjax.train import train
 
@@ -27,10 +27,8 @@ FIGURES += ("parameters_trained", "train_documents", "steps", "seconds", "held_o
 """What of summary.json a row has."""
 
 
-def measure(steps: int, directory: Path) -> harness.Row:
-    """Return the figures of the recipe, trained for so many steps (0: its own) in an empty directory."""
-    config = configs.load(str(RECIPE))
-    config = replace(config, steps=steps or config.steps)
+def measure(config: Config, directory: Path) -> harness.Row:
+    """Return the figures of the recipe, trained in an empty directory."""
     summary = train(config, directory)
     return {"places": config.student.gist} | {key: summary[key] for key in FIGURES}
 
@@ -65,18 +63,19 @@ def _share(row: harness.Row, name: str) -> str:
     return f"{percent(row[name])} ({' to '.join(map(percent, row[f'{name}_interval']))})" if name in row else "–"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the recipe, and add a row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="0: the recipe's")
     parser.add_argument("--run-dir", type=Path, default=Path("runs") / "gist_benchmark", metavar="DIR")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    environment = harness.environment()
-    row = measure(options.steps, options.run_dir) | {"environment": environment}
-    harness.append(options.results, [row])
-    print(json.dumps(row), flush=True)
+    config, environment = configs.load(str(RECIPE)), harness.environment()
+    config = replace(config, steps=options.steps or config.steps)
+    with harness.home(options, options.run_dir) as home:
+        config = quick.recipe(config, home) if options.quick else config
+        harness.tell(options, measure(config, home / "run" if options.quick else home), environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

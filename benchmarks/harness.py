@@ -7,6 +7,7 @@ run needs over its inputs, its results included, whichever library allocates it.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import hashlib
@@ -15,9 +16,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,6 +258,41 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def parser(doc: str | None, results: Path) -> argparse.ArgumentParser:
+    """Return a parser of what benchmarks take alike: where rows go, and --quick, with which none do."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("--results", type=Path, default=results, metavar="PATH", help="where rows are kept")
+    made.add_argument("--quick", action="store_true", help="a trial of seconds on small models; nothing is kept")
+    return made
+
+
+def kept(options: argparse.Namespace) -> list[Row]:
+    """Return the rows that there are; none in a trial."""
+    return [] if options.quick else read(options.results)
+
+
+def tell(options: argparse.Namespace, row: Row, environment: Row) -> Row:
+    """Return a row with its environment, kept unless this is a trial; print it as a line of JSON."""
+    print(json.dumps(row), flush=True)
+    row = row | {"environment": environment}
+    if not options.quick:
+        append(options.results, [row])
+    return row
+
+
+@contextmanager
+def home(options: argparse.Namespace, given: Path) -> Iterator[Path]:
+    """Yield the directory that runs are kept in; of a trial one that is gone afterwards."""
+    if not options.quick:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
 
 
 def same_sources(row: Row, here: Row) -> bool:

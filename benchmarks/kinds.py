@@ -10,9 +10,7 @@ correlation of its cosine similarities with the teacher's. Rows go to benchmarks
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -49,14 +47,17 @@ FIGURES = ("kl_before", "kl_after", "ce_before", "ce_after", "ce_teacher", "agre
 FIGURES += ("parameters_teacher", "parameters_student", "steps", "train_tokens", "eval_tokens", "seconds")
 
 
-def recipe(name: str) -> Config:
-    """Return a recipe of configs/."""
-    return configs.load(str(RECIPES / f"{name}.py"))
+def recipe(name: str, is_quick: bool) -> Config:
+    """Return a recipe of configs/; as a trial in two steps."""
+    config = configs.load(str(RECIPES / f"{name}.py"))
+    if not is_quick:
+        return config
+    optim = replace(config.optim, warmup_steps=1)
+    return replace(config, optim=optim, data=replace(config.data, eval_tokens=1024), steps=2, eval_every=0, prompt="")
 
 
-def of_kind(kind: str, teacher: Path, objective: str, seed: int) -> harness.Row:
+def of_kind(config: Config, teacher: Path, objective: str, seed: int) -> harness.Row:
     """Return the figures of one student, whose teacher lies in a run directory."""
-    config = recipe(kind)
     config = replace(
         config,
         teacher=ModelSpec(source=str(teacher)),
@@ -97,9 +98,8 @@ def held_out_texts(config: Config, file: ModelFile, most: int = 256) -> View:
     return View(tokens_BT, segment_BT, position_BT)
 
 
-def of_sentences(seed: int) -> harness.Row:
+def of_sentences(config: Config, seed: int) -> harness.Row:
     """Return the figures of the sentence encoder."""
-    config = recipe("embedding")
     config = replace(config, seed=seed, data=replace(config.data, seed=seed))
     teacher = open_model(TEACHER)
     texts = held_out_texts(config, teacher)
@@ -156,29 +156,28 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=["embedding", *KINDS], choices=["embedding", *KINDS])
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    done = {(row["kind"], row["objective"], row["seed"]) for row in harness.read(options.results)}
+    done = {(row["kind"], row["objective"], row["seed"]) for row in harness.kept(options)}
     environment = harness.environment()
 
     def add(kind: str, objective: str, seed: int, figures: harness.Row) -> None:
         row = {"what": "kinds", "kind": kind, "objective": objective, "seed": seed} | figures
-        harness.append(options.results, [row | {"environment": environment}])
-        print(json.dumps(row), flush=True)
+        harness.tell(options, row, environment)
 
     for seed in options.seeds if "embedding" in options.kinds else ():
         if ("embedding", "distilled", seed) not in done:
-            add("embedding", "distilled", seed, of_sentences(seed))
+            add("embedding", "distilled", seed, of_sentences(recipe("embedding", options.quick), seed))
     with tempfile.TemporaryDirectory() as directory:
         for seed, kind in itertools.product(options.seeds, [kind for kind in KINDS if kind in options.kinds]):
             left = [objective for objective in ALPHA if (kind, objective, seed) not in done]
             if left:
-                train(recipe(f"pretrain_{kind}"), Path(directory) / kind)
+                train(recipe(f"pretrain_{kind}", options.quick), Path(directory) / kind)
             for objective in left:
-                add(kind, objective, seed, of_kind(kind, Path(directory) / kind, objective, seed))
+                figures = of_kind(recipe(kind, options.quick), Path(directory) / kind, objective, seed)
+                add(kind, objective, seed, figures)
     return 0
 
 

@@ -9,7 +9,6 @@ is right that has the wanted one in it. Rows go to benchmarks/results/knowledge.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from benchmarks.prompt_distill import sampled_once
 from kdjax import config as configs
 from kdjax.answers import ANSWERS, PROGRESS, answered
@@ -92,12 +91,11 @@ ARMS: dict[str, Callable[[Config, Path], Config]] = {
 """What is compared -> its config, made from the recipe's."""
 
 
-def of_arm(arm: str, split: str, rate: float, seed: int, home: Path) -> harness.Row:
-    """Return the figures of one run.
+def of_arm(config: Config, arm: str, split: str, rate: float, seed: int, home: Path, count: int) -> harness.Row:
+    """Return the figures of one run, answers those to the first `count` questions.
 
     What the teacher says is kept once, as hidden states, since the same few questions are seen in many epochs.
     """
-    config = configs.load(str(RECIPE))
     data = replace(config.data, group_field=SPLITS[split], seed=seed)
     optim = replace(config.optim, learning_rate=rate)
     config = replace(config, data=data, optim=optim, seed=seed, eval_every=0)
@@ -117,13 +115,13 @@ def of_arm(arm: str, split: str, rate: float, seed: int, home: Path) -> harness.
     job = build(replace(config, student=ModelSpec(source=str(run))), answered(config, said))
     summary |= recovery(job, job.start().params, job.frozen())
     figures = {name: summary.get(name) for name in ("steps", "train_tokens", "seconds", "recovered", "forgetting")}
-    return figures | accuracies(config, run)
+    return figures | accuracies(config, run, count)
 
 
-def accuracies(config: Config, run: Path) -> harness.Row:
-    """Return the share of held-out and of trained questions that are answered right, each way of answering them."""
+def accuracies(config: Config, run: Path, count: int) -> harness.Row:
+    """Return the share of held-out and trained questions, of the first `count`, answered right, by way of answering."""
     teacher, held = config.teacher.source if config.teacher else "", _held_out(config)
-    how = config.answers.tokens, config.answers.stop
+    how = config.answers.tokens, config.answers.stop, count
     marks = {
         "before": _right_before(teacher, config.data.student_view, *how),
         "open book": _right_before(teacher, config.data.teacher_view, *how),
@@ -144,9 +142,9 @@ def _held_out(config: Config) -> set[str]:
     return {source.record(int(row))["id"] for _, row in split_documents([source], config.data).held_out}
 
 
-def _right(source: str, view: str, tokens: int, stop: tuple[str, ...]) -> dict[str, bool]:
+def _right(source: str, view: str, tokens: int, stop: tuple[str, ...], count: int) -> dict[str, bool]:
     """Return of each question, by its id, whether what a model answers behind a view has the wanted answer in it."""
-    rows, said = facts(), [""] * len(facts())
+    rows, said = facts()[:count], [""] * count
     prompts = [render(view, row, strict=True) for row in rows]
     for number, piece, _ in generate_texts(source, prompts, max_new_tokens=tokens, stop=stop):
         said[number] += piece
@@ -209,24 +207,28 @@ def _cell(share: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, default=Path("runs") / "knowledge", metavar="DIR")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    environment = harness.environment()
-    done = {(row["arm"], row["split"], row["rate"], row["seed"]) for row in harness.read(options.results)}
+    config, environment = configs.load(str(RECIPE)), harness.environment()
+    done = {(row["arm"], row["split"], row["rate"], row["seed"]) for row in harness.kept(options)}
     cases = [
         (arm, split, rate, options.seed) for split in options.splits for rate in options.rates for arm in options.arms
     ]
-    for arm, split, rate, seed in [case for case in cases if case not in done]:
-        row = {"what": "knowledge", "arm": arm, "split": split, "rate": rate, "seed": seed}
-        row |= of_arm(arm, split, rate, seed, options.home)
-        harness.append(options.results, [row | {"environment": environment}])
-        print(json.dumps(row), flush=True)
+    left = [case for case in cases if case not in done]
+    progress = harness.Progress(len(left), None)
+    with harness.home(options, options.home) as home:
+        config, count = (quick.recipe(config, home), 24) if options.quick else (config, len(facts()))
+        for arm, split, rate, seed in left:
+            row = {"what": "knowledge", "arm": arm, "split": split, "rate": rate, "seed": seed}
+            row |= of_arm(config, arm, split, rate, seed, home, count)
+            harness.tell(options, row, environment)
+            right = row["after"]["held_out"]["accuracy"]
+            progress.advance(1, f"{arm}, held out by {split}, rate {rate:g}: {percent(right)} right")
     return 0
 
 

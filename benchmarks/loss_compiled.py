@@ -8,7 +8,6 @@ appended to benchmarks/results/loss_compiled.jsonl. Time and numbers cannot be h
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -28,6 +27,8 @@ from kdjax.losses import ObjectiveConfig
 
 RESULTS = harness.RESULTS / "loss_compiled.jsonl"
 TARGETS = Path(kdjax.plan.__file__).parent
+SMALL = Size(1024, 512, 128, 128)
+"""Of a trial."""
 
 
 def shapes(size: Size, where: Any) -> Inputs:
@@ -40,7 +41,7 @@ def shapes(size: Size, where: Any) -> Inputs:
     return Inputs(of(n, s), of(s, v), of(n, t), of(t, v), of(n, dtype=jnp.int32), of(n, dtype=jnp.float32))
 
 
-def measure(target: str, chunks: Sequence[int]) -> list[dict[str, Any]]:
+def measure(target: str, chunks: Sequence[int], size: Size) -> list[dict[str, Any]]:
     """Return a row for each chunk size, and one for plain logits."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -52,10 +53,10 @@ def measure(target: str, chunks: Sequence[int]) -> list[dict[str, Any]]:
         objective = ObjectiveConfig(ALPHA, divergence=JSD, chunk_tokens=chunk or "auto")
         loss = chunked if chunk else plain
         lowered = jax.jit(lambda x, loss=loss, objective=objective: gradients(loss, objective, x))
-        sizes: Any = lowered.lower(shapes(LIGER, where)).compile().memory_analysis()
+        sizes: Any = lowered.lower(shapes(size, where)).compile().memory_analysis()
         rows.append(
             {"what": "loss compiled", "target": target, "chunk_tokens": chunk, "divergence": JSD, "dtype": "bf16"}
-            | LIGER._asdict()
+            | size._asdict()
             | {"peak_bytes": sizes.peak_memory_in_bytes, "temp_bytes": sizes.temp_size_in_bytes}
             | {"argument_bytes": sizes.argument_size_in_bytes, "output_bytes": sizes.output_size_in_bytes}
         )
@@ -78,7 +79,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print and record; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     names = sorted(path.stem for path in TARGETS.glob("*.txtpb"))
     parser.add_argument("--target", choices=names, default="h200", help="a file of kdjax/plan")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 1024, 512], metavar="C")
@@ -86,14 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin asks for a driver before it lets one compile
     try:
-        rows = measure(options.target, options.chunks)
+        rows = measure(options.target, options.chunks, SMALL if options.quick else LIGER)
     except Exception as error:
         why = str(error).partition("\n")[0]
         print(f'cannot compile for {options.target}: {why}; pip install "jax[cuda13]"', file=sys.stderr)
         return 2
     common = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": harness.environment()}
     rows = [row | common for row in rows]
-    harness.append(RESULTS, rows)
+    if not options.quick:
+        harness.append(options.results, rows)
     print(markdown(rows))
     print(json.dumps({row["chunk_tokens"] or "plain": row["peak_bytes"] for row in rows}))
     return 0

@@ -8,8 +8,8 @@ step; the recipe is the quickstart's. Rows go to benchmarks/results/memory.jsonl
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import jax
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.build import build
 from kdjax.config import Config
@@ -100,21 +100,19 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
-    options = parser.parse_args(arguments)
-    config, environment, rows = configs.load(str(RECIPE)), harness.environment(), []
-    for name in TRAINED:
-        rows.append(of_training(config, name) | {"environment": environment})
-        print(json.dumps(rows[-1]), flush=True)
-    for row in of_teachers(config):
-        rows.append(row | {"environment": environment})
-        print(json.dumps(rows[-1]), flush=True)
-    options.results.unlink(missing_ok=True)
-    harness.append(options.results, rows)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all, in the place of what there was."""
+    options = harness.parser(__doc__, RESULTS).parse_args(arguments)
+    config, environment = configs.load(str(RECIPE)), harness.environment()
+    with tempfile.TemporaryDirectory() as directory:
+        config = quick.recipe(config, Path(directory)) if options.quick else config
+        rows = [of_training(config, name) for name in TRAINED] + list(of_teachers(config))
+    if not options.quick:
+        options.results.unlink(missing_ok=True)
+    for row in rows:
+        harness.tell(options, row, environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,10 +9,10 @@ Nothing is run: speed and numbers cannot be had this way.
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ CASES = {
     "smollm2_1p7b_to_360m_1gpu": ("gpu:1xH100",),
 }
 """Recipe -> the machines that it is planned for, with each loss."""
+TRIED = {"smoke": ("cpu:2",)}
+"""The same of a trial."""
 
 
 def again(row: harness.Row) -> harness.Row:
@@ -66,43 +68,42 @@ def page(name: str, rows: Sequence[harness.Row]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Make the plans that are not there yet, then write the pages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES), help="recipes to plan")
     parser.add_argument("--again", action="store_true", help="compile nothing, make the estimates anew")
     options = parser.parse_args(arguments)
-    rows = harness.read(RESULTS)
+    rows, environment = harness.kept(options), harness.environment()
     if options.again:
         jax.config.update("jax_num_cpu_devices", max(machine(row["plan"]["topology"]).device_count for row in rows))
         rows = [again(row) for row in rows]
-        RESULTS.unlink()
-        harness.append(RESULTS, rows)
+        options.results.unlink()
+        harness.append(options.results, rows)
     else:
-        rows += _missing(rows, options.only)
+        cases = TRIED if options.quick else {name: CASES[name] for name in options.only}
+        rows += [harness.tell(options, row, environment) for row in _missing(rows, cases)]
     PAGES.mkdir(exist_ok=True)
     for name in CASES:
         if any(row["plan"]["name"] == name for row in rows):
             (PAGES / f"{name}.md").write_text(page(name, rows))
+    return 0
 
 
-def _missing(rows: Sequence[harness.Row], names: Sequence[str]) -> list[harness.Row]:
-    """Make, record and return the plans that are not there yet."""
-    made = []
-    for name in names:
-        for topology, loss in ((topology, loss) for topology in CASES[name] for loss in LOSSES):
+def _missing(rows: Sequence[harness.Row], cases: Mapping[str, Sequence[str]]) -> Iterator[harness.Row]:
+    """Yield the plans that are not there yet."""
+    for name, topologies in cases.items():
+        for topology, loss in itertools.product(topologies, LOSSES):
             asked = {"name": name, "topology": topology, "loss": loss}
             if any((asked | {"by": "compiler"}).items() <= row["plan"].items() for row in rows):
                 continue
             began = time.perf_counter()
             row = {"what": "plan", "plan": plan(_config(name, loss), topology)}
-            row |= {"seconds": time.perf_counter() - began, "environment": harness.environment()}
-            row |= {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            harness.append(RESULTS, [row])
-            made.append(row)
-            print(json.dumps(asked | {"peak": row["plan"]["memory"]["peak"]}), flush=True)
-    return made
+            yield row | {
+                "seconds": time.perf_counter() - began,
+                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ order of the data. `control` is taught an unrelated prompt of as many tokens, an
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.answers import answered, write_answers
 from kdjax.build import build
@@ -49,9 +48,8 @@ ARMS = {"recipe": "prompt_distill", "on-policy": "prompt_distill_onpolicy", "con
 """What is run -> the recipe it is made of."""
 
 
-def of_arm(arm: str, seed: int, home: Path) -> harness.Row:
+def of_arm(config: Config, arm: str, seed: int, home: Path) -> harness.Row:
     """Return the figures of one run, measured on the answers that the recipe's prompt has drawn out of the teacher."""
-    config = configs.load(str(RECIPES / f"{ARMS[arm]}.py"))
     config = replace(config, seed=seed, data=replace(config.data, seed=seed), prompt="")
     taught = replace(config, data=replace(config.data, teacher_view=_unrelated(config))) if arm == "control" else config
     run = home / f"{arm}-{seed}"
@@ -131,21 +129,21 @@ def _share(rows: Sequence[harness.Row], name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--answers", type=Path, metavar="DIR", help="where answers are kept; by default they are not")
     options = parser.parse_args(arguments)
-    done = {(row["arm"], row["seed"]) for row in harness.read(options.results)}
+    done = {(row["arm"], row["seed"]) for row in harness.kept(options)}
     environment = harness.environment()
     with tempfile.TemporaryDirectory() as directory:
         home = options.answers or Path(directory)
         for seed in range(options.seeds):
             for arm in [arm for arm in options.arms if (arm, seed) not in done]:
-                row = {"what": "prompt_distill", "arm": arm, "seed": seed} | of_arm(arm, seed, home)
-                harness.append(options.results, [row | {"environment": environment}])
-                print(json.dumps(row), flush=True)
+                config = configs.load(str(RECIPES / f"{ARMS[arm]}.py"))
+                config = quick.recipe(config, home) if options.quick else config
+                row = {"what": "prompt_distill", "arm": arm, "seed": seed} | of_arm(config, arm, seed, home)
+                harness.tell(options, row, environment)
     return 0
 
 

@@ -8,10 +8,10 @@ that of the order of the data: the held-out text is the same for all.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.build import build
 from kdjax.config import Config
-from kdjax.environment import describe
 from kdjax.job import Job
 from kdjax.losses import ObjectiveConfig, fused_kd_loss
 from kdjax.metrics import means
 from kdjax.shapes import Array, Batch, Head
 from kdjax.train import train
 
-RESULTS = Path(__file__).parent / "results" / "quickstart.jsonl"
-RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.py"
+RESULTS = harness.RESULTS / "quickstart.jsonl"
+RECIPE = harness.ROOT / "configs" / "quickstart.py"
 FIGURES = (
     *("kl_before", "kl_after", "perplexity_teacher", "perplexity_before", "perplexity_after"),
     *("agreement_before", "agreement_after", "parameters_teacher", "parameters_student"),
@@ -95,32 +95,22 @@ def _sums(job: Job, frozen: Any, batch: Batch, bias_V: Array) -> dict[str, Array
     return parts | {"tokens": jnp.sum(weight_N)}
 
 
-def done() -> set[tuple[str, int]]:
-    """Return the (objective, seed) pairs that have a result."""
-    rows = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.exists() else ()
-    return {(row["objective"], row["seed"]) for row in rows}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not in the results yet."""
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="fewer than the recipe's, to try the script; nothing is recorded")
-    options = parser.parse_args()
-    recipe = configs.load(str(RECIPE))
-    recipe = replace(recipe, steps=options.steps) if options.steps else recipe
-    row: dict[str, Any] = {}
-    for seed in range(options.seeds):
-        for objective in (*ALPHA, "unigram"):
-            if (objective, seed) in done() and not options.steps:
-                continue
-            figures = unigram(recipe, seed) if objective == "unigram" else trained(recipe, objective, seed)
-            row = {"what": "quickstart", "objective": objective, "seed": seed} | figures | {"environment": describe()}
-            if not options.steps:
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+    options = parser.parse_args(arguments)
+    recipe, environment = configs.load(str(RECIPE)), harness.environment()
+    done = {(row["objective"], row["seed"]) for row in harness.kept(options)}
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = quick.recipe(recipe, Path(directory)) if options.quick else recipe
+        for seed in range(options.seeds):
+            for objective in [name for name in (*ALPHA, "unigram") if (name, seed) not in done]:
+                figures = unigram(recipe, seed) if objective == "unigram" else trained(recipe, objective, seed)
+                row = {"what": "quickstart", "objective": objective, "seed": seed} | figures
+                harness.tell(options, row, environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -107,24 +105,19 @@ def curves(study: Study, rows: Sequence[harness.Row]) -> Figure:
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=study.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(study.doc, study.results)
     parser.add_argument("--arms", nargs="+", default=list(study.arms), choices=list(study.arms), metavar="ARM")
     parser.add_argument("--home", type=Path, default=Path("runs") / study.name, metavar="DIR")
-    parser.add_argument("--results", type=Path, default=study.results, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=study.picture, metavar="PATH")
-    parser.add_argument("--quick", action="store_true", help="a few steps of small models; nothing is kept")
     options = parser.parse_args(arguments)
-    environment = harness.environment()
-    done = set() if options.quick else {row["arm"] for row in harness.read(options.results)}
-    for arm in [arm for arm in options.arms if arm not in done]:
-        row = measure(study, arm, options.home, options.quick)
-        print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
-        if options.quick:
-            continue
-        harness.append(options.results, [row | {"environment": environment}])
-        with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
-            rows = harness.read(options.results)
-            curves(study, rows).savefig(options.picture, metadata={"Date": None})
+    environment, rows = harness.environment(), harness.kept(options)
+    done = {row["arm"] for row in rows}
+    with harness.home(options, options.home) as home:
+        for arm in [arm for arm in options.arms if arm not in done]:
+            rows.append(harness.tell(options, measure(study, arm, home, options.quick), environment))
+            if not options.quick:
+                with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
+                    curves(study, rows).savefig(options.picture, metadata={"Date": None})
     return 0
 
 

@@ -11,9 +11,8 @@ part. Rows go to benchmarks/results/scaling.jsonl, those that are there are kept
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -42,6 +41,8 @@ ROWS = {"strong": lambda devices: 16, "weak": lambda devices: 4 * devices}
 """Mode -> the rows of a batch on so many devices."""
 FIGURES = {"flops": ("GFLOPs of a device", 1e9), "sent_bytes": ("MB that a device sends", 1e6)}
 """Of a step: field -> what it is called, and its unit."""
+TRIED = {"mode": "strong", "axis": "fsdp"}
+"""The steps of a trial, on up to two devices."""
 BATCHES = 100
 """Of the pipeline, timed; as many before them warm it up."""
 
@@ -170,21 +171,21 @@ def draw(rows: Sequence[harness.Row], path: Any = PICTURE) -> None:
         plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(arguments)
+    options = harness.parser(__doc__, RESULTS).parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     jax.config.update("jax_platforms", "cpu")
-    rows, environment = harness.read(RESULTS), harness.environment()
-    for case in cases():
+    rows, environment = harness.kept(options), harness.environment()
+    wanted = [case for case in cases() if not options.quick or (TRIED.items() <= case.items() and case["devices"] < 4)]
+    for case in wanted:
         if any(case.items() <= row.items() for row in rows):
             continue
-        rows.append(case | measured(case) | {"environment": environment})
-        harness.append(RESULTS, rows[-1:])
-        print(json.dumps({**case, **{name: rows[-1].get(name) for name in ("flops", "sent_bytes")}}), flush=True)
-    draw(rows)
+        rows.append(harness.tell(options, case | measured(case), environment))
+    if not options.quick:
+        draw(rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Which tasks a small model gains from worked examples on: zero-shot and few-shot, with and without calibration.
 
-COMMAND: python -m benchmarks.screening       (about 75 minutes on a CPU core; run again to go on)
+COMMAND: python -m benchmarks.screening       (about an hour of a CPU core; run again to go on)
          python -m benchmarks.screening --tasks "line compiles"       (a part of it)
 
 A row of benchmarks/results/screening.jsonl is one task, number of worked examples and draw of them.
@@ -15,6 +15,7 @@ import inspect
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from random import Random
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax.data.python_docs import KINDS, documents
 from kdjax.prompts.config import SpeakerConfig
 from kdjax.prompts.local import open_local
@@ -155,10 +156,14 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         if len(own) < 1 + DRAWS * (len(SHOTS) - 1):
             absent.append(name)
             continue
-        for way in ("plain", "calibrated"):
-            arms = {n: np.array([row[way] for row in own if row["shots"] == n], float) for n in SHOTS}
+        found = {
+            way: {n: np.array([row[way] for row in own if row["shots"] == n], float) for n in SHOTS}
+            for way in ("plain", "calibrated")
+        }
+        bare = max((arms[0][0] for arms in found.values()), key=np.mean)
+        for way, arms in found.items():
             best = max(SHOTS[1:], key=lambda n: arms[n].mean())
-            gain = mean_interval(arms[best].mean(axis=0) - arms[0][0], 0)
+            gain = mean_interval(arms[best].mean(axis=0) - bare, 0)
             cells = [name, str(len(own[0]["labels"])), _percent(own[0]["majority"]), way]
             cells += [_cell(mean_interval(arms[n].mean(axis=0), 0), arms[n].mean(axis=1)) for n in SHOTS]
             cells += [_cell(gain, np.zeros(1)), "used" if gain[1] > LEAST_GAIN else "not used"]
@@ -181,26 +186,28 @@ def _cell(found: tuple[float, float, float], of_draw: np.ndarray) -> str:
     return f"{_percent(mean)} ({100 * low:.0f} to {100 * high:.0f}{spread})"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--tasks", nargs="+", default=list(SCREENED), choices=list(SCREENED))
     parser.add_argument("--tests", type=int, default=100, help="test examples of each task")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    done = {(row["task"], row["shots"], row["draw"]) for row in harness.read(options.results)}
-    plan = [(name, n, draw) for name in options.tasks for n in SHOTS for draw in range(DRAWS if n else 1)]
+    done = {(row["task"], row["shots"], row["draw"]) for row in harness.kept(options)}
+    shots, draws, tests = (SHOTS[:2], 1, 6) if options.quick else (SHOTS, DRAWS, options.tests)
+    plan = [(name, n, draw) for name in options.tasks for n in shots for draw in range(draws if n else 1)]
     left = [case for case in plan if case not in done]
-    speaker, environment = open_local(SpeakerConfig(MODEL, chat=False)), harness.environment()
-    progress = harness.Progress(sum(1 + case[1] for case in left), None)
-    for case in left:
-        began = time.monotonic()
-        row: harness.Row = measure(speaker, *case, options.tests) | {"environment": environment}
-        harness.append(options.results, [row | {"seconds": time.monotonic() - began}])
-        said = f"{case}: {np.mean(row['plain']):.2f}, calibrated {np.mean(row['calibrated']):.2f}"
-        progress.advance(1 + case[1], said)
-    print(f"{len(plan)} rows in {options.results}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as directory:
+        source = quick.model(Path(directory)) if options.quick else MODEL
+        speaker, environment = open_local(SpeakerConfig(source, chat=False)), harness.environment()
+        progress = harness.Progress(sum(1 + case[1] for case in left), None)
+        for case in left:
+            began = time.monotonic()
+            row: harness.Row = measure(speaker, *case, tests)
+            harness.tell(options, row | {"seconds": time.monotonic() - began}, environment)
+            said = f"{case}: {np.mean(row['plain']):.2f}, calibrated {np.mean(row['calibrated']):.2f}"
+            progress.advance(1 + case[1], said)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,12 +8,12 @@ that was stopped goes on. `python -m benchmarks.readme` puts the rows into docs/
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.console import PROMPTS, amount
 from kdjax.prompts.config import PromptsConfig
@@ -73,21 +73,25 @@ def missing(rows: Sequence[harness.Row]) -> list[str]:
     return [recipe for recipe, task in RECIPES.items() if task not in measured]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipes, or go on with them, and write the row of each in the place of the one it had."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}; none: those without a row")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds the run directory of each recipe")
     options = parser.parse_args(arguments)
     if unknown := set(options.recipes) - set(RECIPES):
         parser.error(f"unknown recipe {min(unknown)!r}; known: {', '.join(RECIPES)}")
-    for recipe in options.recipes or missing(harness.read(RESULTS)):
-        config = configs.load(str(harness.ROOT / "configs" / f"{recipe}.py"), PromptsConfig)
-        found = {"what": "search"} | search(config, options.runs / recipe)
-        rows = [row for row in harness.read(RESULTS) if row["task"] != config.task]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*rows, found]), "utf-8")
-        print(markdown([found]))
+    with harness.home(options, options.runs) as home:
+        for recipe in options.recipes or missing(harness.kept(options)):
+            config = configs.load(str(harness.ROOT / "configs" / f"{recipe}.py"), PromptsConfig)
+            config = quick.prompts(config, home) if options.quick else config
+            found = {"what": "search"} | search(config, home / recipe)
+            if not options.quick:
+                rows = [row for row in harness.read(options.results) if row["task"] != config.task]
+                options.results.write_text("".join(json.dumps(row) + "\n" for row in [*rows, found]), "utf-8")
+            print(markdown([found]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,16 +8,15 @@ The teacher's answers are sampled once and shared. Rows go to benchmarks/results
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import config as configs
 from kdjax.answers import ANSWERS, PROGRESS, write_answers
 from kdjax.config import Config
@@ -101,20 +100,20 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the cases that are not measured yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--runs", type=Path, default=Path("runs") / "soft_prompts", metavar="DIR")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
     config, environment = configs.load(str(RECIPE)), harness.environment()
-    done = {row["case"] for row in harness.read(options.results)}
-    for name in [name for name in options.cases if name not in done]:
-        row = measure(config, name, options.runs) | {"environment": environment}
-        harness.append(options.results, [row])
-        print(json.dumps(row), flush=True)
+    done = {row["case"] for row in harness.kept(options)}
+    with harness.home(options, options.runs) as home:
+        config = quick.recipe(config, home) if options.quick else config
+        for name in [name for name in options.cases if name not in done]:
+            harness.tell(options, measure(config, name, home), environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,22 +8,22 @@ docs/students.md. Importance is measured on training text, all figures on held-o
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, quick
 from kdjax import data
 from kdjax.build import Named
 from kdjax.console import amount, count, percent
 from kdjax.data import DataConfig
-from kdjax.models import Cut, Importance, Model, ModelFile, open_model, parameter_count
+from kdjax.models import Cut, Importance, Model, ModelConfig, ModelFile, open_model, parameter_count
 from kdjax.models.prune import pick, take
 from kdjax.sharding import MeshConfig, placement
 from kdjax.student import divergence, scored
@@ -32,22 +32,26 @@ RESULTS = harness.RESULTS / "students.jsonl"
 TEACHER = "smollm2-135m-instruct"
 ROWS, TOKENS, BATCH = 32, 256, 4
 
-CASES = (
-    ("15 of 30 layers", "even", Cut(layers=15, choose="even")),
-    ("15 of 30 layers", "ends", Cut(layers=15, choose="ends")),
-    ("15 of 30 layers", "importance", Cut(layers=15, choose="importance")),
-    ("24 of 30 layers", "even", Cut(layers=24, choose="even")),
-    ("24 of 30 layers", "ends", Cut(layers=24, choose="ends")),
-    ("24 of 30 layers", "importance", Cut(layers=24, choose="importance")),
-    ("768 of 1,536 neurons of each mlp", "importance", Cut(mlp=768)),
-    ("768 of 1,536 neurons of each mlp", "random", Cut(mlp=768)),
-    ("2 of 3 key/value heads, 6 of 9 heads", "importance", Cut(kv_heads=2)),
-    ("2 of 3 key/value heads, 6 of 9 heads", "random", Cut(kv_heads=2)),
-    ("384 of 576 channels", "importance", Cut(width=384)),
-    ("384 of 576 channels", "random", Cut(width=384)),
-    ("15 of 30 layers", "untrained", Cut(layers=15)),
-)
+Case = tuple[str, str, Cut]
 """What is kept, how it is chosen, the cut; `untrained` is a random model of the same shape."""
+
+
+def cases(c: ModelConfig) -> list[Case]:
+    """Return what is cut out of a model: of layers, of each mlp, of heads and of channels."""
+    half, most, mlp, width = c.layers // 2, c.layers * 4 // 5, c.mlp_width // 2, c.width * 2 // 3
+    kv_heads, heads = c.kv_heads * 2 // 3, c.heads * 2 // 3
+    layers: list[Case] = [
+        (f"{kept} of {c.layers} layers", choose, Cut(layers=kept, choose=choose))
+        for kept in (half, most)
+        for choose in ("even", "ends", "importance")
+    ]
+    parts = {
+        f"{mlp:,} of {c.mlp_width:,} neurons of each mlp": Cut(mlp=mlp),
+        f"{kv_heads} of {c.kv_heads} key/value heads, {heads} of {c.heads} heads": Cut(kv_heads=kv_heads),
+        f"{width} of {c.width} channels": Cut(width=width),
+    }
+    chosen = [(name, by, cut) for name, cut in parts.items() for by in ("importance", "random")]
+    return [*layers, *chosen, (layers[0][0], "untrained", Cut(layers=half))]
 
 
 def at_random(scores: Importance) -> Importance:
@@ -62,26 +66,24 @@ def students(teacher: ModelFile, scores: Importance, by: str, cut: Cut) -> Model
     return take(teacher, pick(teacher.config, cut, at_random(scores) if by == "random" else scores))
 
 
-def measure() -> list[harness.Row]:
-    """Return the rows of all cases, the teacher's first."""
-    teacher, place, key = open_model(TEACHER), placement(MeshConfig()), jax.random.key(0)
-    text = DataConfig(sequence_length=TOKENS, eval_tokens=ROWS * TOKENS)
+def measure(name: str, rows: int) -> Iterator[harness.Row]:
+    """Yield the row of each case of a teacher, importance and figures of so many rows of text."""
+    teacher, place, key = open_model(name), placement(MeshConfig()), jax.random.key(0)
+    text = DataConfig(sequence_length=TOKENS, eval_tokens=rows * TOKENS)
     if teacher.tokenizer is None:
-        raise SystemExit(f"{TEACHER} has no tokenizer")
+        raise SystemExit(f"{name} has no tokenizer")
     loader = data.build(text, data.load_tokenizer(teacher.tokenizer), batch_size=BATCH)
-    scores = scored(teacher, place, [batch for batch, _ in itertools.islice(loader.train(), ROWS // BATCH)], "float32")
-    taught, batches, rows = Named(Model(teacher.config), teacher, TEACHER), loader.evaluation(BATCH), []
+    scores = scored(teacher, place, [batch for batch, _ in itertools.islice(loader.train(), rows // BATCH)], "float32")
+    taught, batches = Named(Model(teacher.config), teacher, name), loader.evaluation(BATCH)
     frozen = {"teacher": taught.params(place, key)}
-    facts = {"what": "students", "teacher": TEACHER, "held_out_sha256": loader.held_out_hash}
-    for kept, by, cut in CASES:
+    facts = {"what": "students", "teacher": name, "held_out_sha256": loader.held_out_hash}
+    for kept, by, cut in cases(teacher.config):
         file = students(teacher, scores, by, cut)
         named = Named(Model(file.config), None if by == "untrained" else file, kept)
         params = named.params(place, key)
         figures = divergence(place, named, params, taught, frozen, batches)
         row = facts | {"kept": kept, "by": by, "parameters": parameter_count(params)}
-        rows.append(row | {name: figures[name] for name in FIGURES})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield row | {name: figures[name] for name in FIGURES}
 
 
 FIGURES = ("kl", "agreement", "perplexity", "teacher_perplexity", "tokens")
@@ -108,16 +110,18 @@ def _measured_on(row: harness.Row) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
-    options = parser.parse_args(arguments)
-    environment = harness.environment()
-    rows = [row | {"environment": environment} for row in measure()]
-    options.results.unlink(missing_ok=True)
-    harness.append(options.results, rows)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all cases, in the place of what there was."""
+    options, environment = harness.parser(__doc__, RESULTS).parse_args(arguments), harness.environment()
+    with tempfile.TemporaryDirectory() as directory:
+        teacher, rows = (quick.model(Path(directory)), BATCH) if options.quick else (TEACHER, ROWS)
+        found = list(measure(teacher, rows))
+    if not options.quick:
+        options.results.unlink(missing_ok=True)
+    for row in found:
+        harness.tell(options, row, environment)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

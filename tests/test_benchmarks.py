@@ -294,7 +294,7 @@ def test_compiling_for_a_gpu_without_its_compiler_is_one_line(monkeypatch, capsy
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", unknown)
-    assert loss_compiled.main([]) == 2
+    assert loss_compiled.main(["--quick"]) == 2
     said = capsys.readouterr().err
     assert said == 'cannot compile for h200: no such platform: cuda; pip install "jax[cuda13]"\n'
 
@@ -428,15 +428,15 @@ def test_lines_that_compile_are_told_by_the_compiler():
             compile(text, "line", "exec")
 
 
-def test_a_task_is_used_where_its_gain_is_sure_to_be_above_five_points():
-    def rows(name, scores_of):
+def test_a_task_is_used_where_its_gain_over_the_better_zero_shot_is_sure_to_be_above_five_points():
+    def rows(name, calibrated):
         cases = [(n, draw) for n in screening.SHOTS for draw in range(screening.DRAWS if n else 1)]
-        here = {"device": "cpu", "jax": "1.2"}
-        known = {"task": name, "labels": ["a", "b"], "majority": 0.5, "environment": here}
-        return [known | {"shots": n, "draw": d, "plain": scores_of(n), "calibrated": [1] * 40} for n, d in cases]
+        known = {"task": name, "labels": ["a", "b"], "majority": 0.5, "environment": {"device": "cpu", "jax": "1.2"}}
+        scores = {"calibrated": [calibrated] * 40}
+        return [known | scores | {"shots": n, "draw": draw, "plain": [int(n == 8)] * 40} for n, draw in cases]
 
-    gains, none, *_ = screening.SCREENED
-    found = [*rows(gains, lambda n: [int(n == 8)] * 40), *rows(none, lambda n: [1] * 40)]
+    gains, mended, *_ = screening.SCREENED
+    found = [*rows(gains, 0), *rows(mended, 1)]  # of the second, what the examples bring calibration brings too
     used, *others = [line for line in screening.markdown(found).splitlines() if line.endswith("used |")]
     assert gains in used and "| plain |" in used and used.endswith("| used |") and "100 % (100 to 100)" in used
     assert len(others) == 3 and all(line.endswith("| not used |") for line in others)
@@ -494,23 +494,75 @@ def test_a_step_is_measured_alone_and_beside_another(tmp_path):
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 
 
+TRIALS = {
+    "arms": (("--arms", "16 soft tokens, prompt", "--tries", "1"), lambda row: row["places"] == 16),
+    "gist": ((), lambda row: row["places"] == 8 and row["recovered_prompts"] > 0),
+    "kinds": (("--kinds", "classifier", "--seeds", "0"), lambda row: row["objective"] == "data alone"),
+    "knowledge": (("--arms", "distilled", "--splits", "fact", "--rates", "3e-3"), lambda row: row["recovered"] < 1),
+    "memory": ((), lambda row: row["kept"] == "int4" and row["kl_quantized"] > 0),
+    "models": ((), lambda row: row["import_error"] < 1e-4),
+    "plans": ((), lambda row: row["plan"]["topology"] == "cpu:2"),
+    "prompt_distill": (("--arms", "control", "--seeds", "1"), lambda row: row["recovered_prompts"] > 0),
+    "quickstart": (("--seeds", "1"), lambda row: row["objective"] == "unigram" and row["perplexity_after"] < 264),
+    "scaling": ((), lambda row: row["devices"] == 2 and row["sent_bytes"] > 0),
+    "screening": (("--tasks", "line compiles"), lambda row: row["shots"] == 8 and len(row["plain"]) == 6),
+    "soft_prompts": (("--cases", "prefix-random-16"), lambda row: row["tokens"] == 16),
+    "students": ((), lambda row: row["by"] == "untrained" and row["kl"] > 0),
+}
+"""Experiment -> flags of its trial, and what holds of the last row."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("start", ()),
-        ("data", ()),
-        ("cache", ()),
-        ("generate", ()),
-        ("prompts", ()),
-        ("teachers", ("--teachers", "12 draws, 8 bits")),
-        ("answers", ("--arms", "its own and the teacher's together, MiniLLM")),
-        ("tokenizers", ("--arms", "ALM")),
-        ("quality", ("--arms", "forward KL, T = 1")),
-        ("teacher", ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16")),
-        ("checkpoint", ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1")),
-    ],
-)
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_trial_of_an_experiment_ends_with_its_row_and_keeps_nothing(name, tmp_path):
+    flags, holds = TRIALS[name]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(tmp_path / "kept.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert holds(json.loads(done.stdout.splitlines()[-1])) and not list(tmp_path.iterdir())
+
+
+READ = {
+    "effect": ((), "**"),
+    "search": (("prompt_question_answering",), "unseen examples, one search"),
+    "divergences": ((), "forward_kl"),
+}
+"""What ends in a text for people -> flags of its trial, and what is in the text."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flags", "said"), [(name, *what) for name, what in READ.items()])
+def test_a_trial_that_a_person_reads_keeps_nothing(name, flags, said, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0 and said in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+QUICK = {
+    "start": (),
+    "data": (),
+    "cache": (),
+    "generate": (),
+    "prompts": (),
+    "teachers": ("--teachers", "12 draws, 8 bits"),
+    "answers": ("--arms", "its own and the teacher's together, MiniLLM"),
+    "tokenizers": ("--arms", "ALM"),
+    "quality": ("--arms", "forward KL, T = 1"),
+    "teacher": ("--teacher.architecture.layers", "2", "--against", "--teacher.dtype bfloat16"),
+    "checkpoint": ("--stretch", "4", "--teacher.architecture.layers", "2", "--student.architecture.layers", "1"),
+}
+"""Benchmark -> further flags of its quick form."""
+
+
+def test_every_benchmark_has_a_quick_form_that_is_tested():
+    commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "COMMAND:" in path.read_text("utf-8")}
+    by_themselves = {"loss", "step", "peers", "loss_compiled"}
+    assert commands == {*TRIALS, *READ, *QUICK, *by_themselves, "readme"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flags"), QUICK.items())
 def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_path):
     kept = tmp_path / "kept.jsonl"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--results", str(kept)]
