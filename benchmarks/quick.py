@@ -35,11 +35,12 @@ def model(home: Path) -> str:
 def recipe(config: Config, home: Path) -> Config:
     """Return a recipe in two steps: its teacher the small decoder, and its student too where it is not made of that."""
     student = config.student if config.student.source == "teacher" else ModelSpec(architecture=SMALL)
+    kept = (0, SMALL.layers - 1) if student.keep_layers else ()
     data, answers, optim = config.data, config.answers, replace(config.optim, warmup_steps=1)
     lengths = {"sequence_length": 4 * data.sequence_length, "teacher_length": 4 * data.teacher_length}  # bytes
     data = replace(data, tokenizer="", eval_tokens=2048, dedupe_ngram=0, **lengths)
     answers = replace(answers, tokens=min(answers.tokens, 4), count=min(answers.count or 40, 40), unrelated=())
-    own = {"teacher": ModelSpec(source=model(home)), "student": replace(student, keep_layers=())}
+    own = {"teacher": ModelSpec(source=model(home)), "student": replace(student, keep_layers=kept)}
     own |= {"data": data, "answers": answers, "optim": optim}
     return replace(config, **own, steps=2, batch_size=2, eval_every=0, prompt="")
 

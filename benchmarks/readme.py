@@ -243,7 +243,7 @@ def render_page(blocks: Mapping[str, Callable[[Path], str]], text: str, results:
 
 
 TEACHER_BLOCKS: dict[str, Callable[[Path], str]] = {
-    "teachers": lambda results: teachers.markdown(harness.read(results / "teachers.jsonl")),
+    "teachers": lambda results: runs.markdown(teachers.STUDY, harness.read(results / "teachers.jsonl")),
     "cache": lambda results: cache.markdown(harness.read(results / "cache.jsonl")),
     "answers": lambda results: runs.markdown(answers.STUDY, harness.read(results / "answers.jsonl")),
     "tokenizers": lambda results: runs.markdown(tokenizers.STUDY, harness.read(results / "tokenizers.jsonl")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from kdjax.config import Config
 from kdjax.metrics import METRICS, read
 from kdjax.train import train
 
-FIGURES = ("kl_before", "kl_after", "ce_after", "agreement_after", "own_share", "generation_seconds")
+FIGURES = ("kl_before", "kl_after", "ce_after", "agreement_after", "perplexity_after")
+FIGURES += ("own_share", "generation_seconds")
 """Of a run's summary, as far as it has them."""
 
 
@@ -60,7 +62,9 @@ def measure(study: Study, arm: str, home: Path, is_quick: bool) -> harness.Row:
     run = home / "run"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    config = study.arms[arm](study.base(home, is_quick), run)
+    base, began = study.base(home, is_quick), time.perf_counter()
+    config = study.arms[arm](base, run)
+    made = time.perf_counter() - began
     summary = train(config, run)
     rows = read(run / METRICS)
     seconds = [row["seconds"] for row in rows if "seconds" in row and row["step"] > 1]
@@ -69,6 +73,7 @@ def measure(study: Study, arm: str, home: Path, is_quick: bool) -> harness.Row:
         "arm": arm,
         "steps": config.steps,
         "train_tokens": summary["train_tokens"],
+        "made_seconds": made,
         "step_seconds": statistics.median(seconds),
         **{name: summary[name] for name in FIGURES if name in summary},
         "curve": [(row["step"], row[study.curve[0]]) for row in rows if study.curve[0] in row],
