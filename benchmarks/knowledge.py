@@ -188,6 +188,9 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         cells = [row["split"], row["arm"], format(row["rate"], "g")]
         cells += [_cell(row[way][part]) for way, part in COLUMNS.values()]
         lines.append(f"| {' | '.join([*cells, small(row['forgetting']['kl']) if row['forgetting'] else '–'])} |")
+    there = {(row["split"], row["arm"]) for row in rows}
+    absent = [f"{arm} (by {split})" for split in SPLITS for arm in ARMS if (split, arm) not in there]
+    short = f" Not measured yet: {'; '.join(absent)}." if absent else ""
     last, tried = rows[-1], ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows}))
     return "\n".join(
         [
@@ -195,7 +198,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             "",
             "Share of answers that have the wanted one in them, with its 95 % bootstrap interval over questions; "
             f"{last['steps']} steps each. Learning rates tried: {tried}; of several the one with most right on these "
-            f"questions is shown, which flatters all arms alike. {harness.measured_on(last['environment'])}.",
+            f"questions is shown, which flatters all arms alike.{short} {harness.measured_on(last['environment'])}.",
         ]
     )
 

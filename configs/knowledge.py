@@ -3,7 +3,8 @@
 COMMAND:  kdjax train configs/knowledge.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
 TIME:     about 15 minutes (estimated) once the model (93 MB) is fetched
-RESULT:   what is answered without the documents, in wordings never trained on: docs/case-study.md
+RESULT:   54 % of questions in wordings never trained on answered without the documents, 0 % before, 76 % with them
+          (docs/case-study.md)
 PAPER:    Kujanpää et al., arXiv:2412.14964
 """
 
@@ -43,7 +44,7 @@ def get_config() -> Config:
         ),
         answers=AnswersConfig(by="teacher", tokens=12, stop=("\n",), sampling=Sampling(temperature=0.7, top_p=0.95)),
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0, chunk_tokens=256),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=10, weight_decay=0.0),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=10, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=50, keep=1, keep_best=False),
         steps=100,
         batch_size=4,
