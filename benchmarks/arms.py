@@ -1,6 +1,6 @@
 """Ways to teach a prompt's behaviour at equal data, steps and tokens: by which loss, whose answers, training what.
 
-COMMAND: python -m benchmarks.arms                  (about 4 hours on 2 CPU cores; run again to go on)
+COMMAND: python -m benchmarks.arms                  (about 9 hours of a CPU core; run again to go on)
          python -m benchmarks.arms --arms "forward KL" "prefix of 16, prompt" --tries 1       (a part of it)
 
 All have the questions, the prompt and the answers of configs/soft_prompt.py, and are measured on its held-out answers.
@@ -254,7 +254,7 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
     right.set_xscale("symlog", linthresh=4)
     right.set(title="Recovered, %, by places a request keeps", xlabel="places before the question", xlim=(-0.5, 300))
     right.set_xticks([0, 4, 16, 64, 200], ["0", "4", "16", "64", "200"])
-    right.legend(frameon=False, fontsize="small")
+    right.legend(frameon=False, fontsize="small", loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
