@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +282,18 @@ def tell(options: argparse.Namespace, row: Row, environment: Row) -> Row:
     if not options.quick:
         append(options.results, [row])
     return row
+
+
+def tell_anew(options: argparse.Namespace, rows: Iterable[Row], environment: Row) -> list[Row]:
+    """Return rows with their environment, each printed as it comes; at the end they take the place of the old ones."""
+    made = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        made.append(row | {"environment": environment})
+    if not options.quick:
+        options.results.unlink(missing_ok=True)
+        append(options.results, made)
+    return made
 
 
 @contextmanager

@@ -8,6 +8,7 @@ step; the recipe is the quickstart's. Rows go to benchmarks/results/memory.jsonl
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -106,11 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, environment = configs.load(str(RECIPE)), harness.environment()
     with tempfile.TemporaryDirectory() as directory:
         config = quick.recipe(config, Path(directory)) if options.quick else config
-        rows = [of_training(config, name) for name in TRAINED] + list(of_teachers(config))
-    if not options.quick:
-        options.results.unlink(missing_ok=True)
-    for row in rows:
-        harness.tell(options, row, environment)
+        training = (of_training(config, name) for name in TRAINED)
+        harness.tell_anew(options, itertools.chain(training, of_teachers(config)), environment)
     return 0
 
 

@@ -194,7 +194,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
     lines = ["| family | model | import | packed | export | greedy text | distilled: KL before → after |"]
     lines += ["|:--|:--|--:|--:|--:|:--|--:|"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["family"], row["model"])):
         errors = " | ".join(shown(row[f"{name}_error"]) for name in ("import", "packed", "export"))
         text = {True: "equal", False: "differs", None: "–"}[row.get("greedy_equal")]
         kl = f"{row['kl_before']:.3f} → {row['kl_after']:.3f}" if "kl_before" in row else "–"
@@ -210,11 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = harness.parser(__doc__, RESULTS).parse_args(arguments)
     environment = harness.environment() | loss_peers.versions()
     paths = sorted(GOLDEN.glob("*/config.json"))
-    rows = [measure(path.parent) for path in (paths[:2] if options.quick else paths)]
-    if not options.quick:
-        options.results.unlink(missing_ok=True)
-    for row in sorted(rows, key=lambda row: (row["family"], row["model"])):
-        harness.tell(options, row, environment)
+    measured = (measure(path.parent) for path in (paths[:2] if options.quick else paths))
+    rows = harness.tell_anew(options, measured, environment)
     missing = set() if options.quick else FAMILIES.keys() - {row["family"] for row in rows}
     if missing:
         print(f"no model of {', '.join(sorted(missing))}", file=sys.stderr)

@@ -115,11 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, environment = harness.parser(__doc__, RESULTS).parse_args(arguments), harness.environment()
     with tempfile.TemporaryDirectory() as directory:
         teacher, rows = (quick.model(Path(directory)), BATCH) if options.quick else (TEACHER, ROWS)
-        found = list(measure(teacher, rows))
-    if not options.quick:
-        options.results.unlink(missing_ok=True)
-    for row in found:
-        harness.tell(options, row, environment)
+        harness.tell_anew(options, measure(teacher, rows), environment)
     return 0
 
 
