@@ -109,7 +109,7 @@ def of_arm(config: Config, arm: str, split: str, rate: float, seed: int, home: P
             shutil.copy(said / name, run)
             shutil.copy(said / name, cache)
     if taught.objective.alpha != 1.0:
-        label(replace(taught, label=KEPT), cache)
+        label(replace(taught, label=replace(KEPT, batches=min(KEPT.batches, taught.steps))), cache)
         taught = replace(taught, cache=str(cache))
     summary = train(taught, run)
     job = build(replace(config, student=ModelSpec(source=str(run))), answered(config, said))

@@ -9,7 +9,7 @@ RESULT:   no prompt is clearly better than none, two are worse; the words of the
 
 from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig
 
-KINDS = ("topic", "module", "class", "function")
+KINDS = ("module", "class", "function")
 
 
 def get_config() -> EffectConfig:
@@ -17,17 +17,18 @@ def get_config() -> EffectConfig:
         task="classification",
         sources=("python_docs",),
         input="{{ text[:100] }}",
-        answer=f"{{{{ {list(KINDS)}[label] }}}}",
+        answer=f"{{{{ {['', *KINDS]}[label] }}}}",
         labels=KINDS,
+        balanced=True,
         instructions=(
             "Say what this piece of Python's documentation is about.",
-            "Is the text about a topic of the language, or the docstring of a module, a class or a function?",
-            "Classify the documentation as topic, module, class or function.",
+            "Is the text the docstring of a module, a class or a function?",
+            "Classify the documentation as module, class or function.",
         ),
         shots=3,
         propose_rows=40,
         select_rows=2,
-        test_rows=40,
+        test_rows=60,
         scorer=SpeakerConfig("smollm2-135m-instruct"),
     )
     return EffectConfig(
@@ -36,6 +37,6 @@ def get_config() -> EffectConfig:
         orders=3,
         draws=2,
         most_shots=4,
-        label_sets=("subject, package, type, routine",),
+        label_sets=("package, type, routine",),
         distil_seconds=900.0,  # what configs/prompt_pipeline.py says that it takes
     )

@@ -1,4 +1,4 @@
-"""A prompt found, distilled and evaluated: what kind of thing a piece of Python's documentation is about.
+"""A prompt found, distilled and evaluated: what kind of thing a name of Python's library is.
 
 COMMAND:  kdjax pipeline configs/prompt_pipeline.py
 HARDWARE: 2 CPU cores, 4 GB of memory; no GPU
@@ -18,25 +18,26 @@ from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.sampling import AnswersConfig, Sampling
 
 MODEL = "smollm2-135m-instruct"
-KINDS = ("topic", "module", "class", "function")
+KINDS = ("module", "class", "function")
 
 
 def get_config() -> PipelineConfig:
     search = PromptsConfig(
         task="classification",
         sources=("python_docs",),
-        input="{{ text[:120] }}",
-        answer=f"{{{{ {list(KINDS)}[label] }}}}",
+        input="{{ id.split('.')[-1] }}",
+        answer=f"{{{{ {['', *KINDS]}[label] }}}}",
         labels=KINDS,
+        balanced=True,
         instructions=(
-            "Say what this piece of Python's documentation is about.",
-            "Is the text about a topic of the language, or the docstring of a module, a class or a function?",
-            "Classify the documentation as topic, module, class or function.",
+            "Is this the name of a module, a class or a function in Python?",
+            "Say what this name in Python's standard library is.",
+            "Classify the Python name as module, class or function.",
         ),
         methods=("paraphrase", "grips", "shots"),
         rounds=2,
         children=3,
-        shots=4,
+        shots=8,
         budget=400,
         propose_rows=40,
         select_rows=80,
@@ -53,11 +54,10 @@ def get_config() -> PipelineConfig:
         data=DataConfig(
             packing="first_fit",
             sequence_length=128,
-            eval_fraction=0.08,
+            eval_fraction=0.1,
             eval_tokens=8_192,
-            max_bad_rows=50,  # texts of letters that are many tokens do not fit
         ),
-        answers=AnswersConfig(by="teacher", count=400, tokens=8, sampling=Sampling(temperature=1.0)),
+        answers=AnswersConfig(by="teacher", count=400, tokens=8, stop=("\n",), sampling=Sampling(temperature=1.0)),
         objective=ObjectiveConfig(alpha=0.0, temperature=1.0, chunk_tokens=256),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=25, keep=1, keep_best=False),

@@ -9,7 +9,7 @@ RESULT:   a prompt clearly better than a candidate at random, and as good as wor
 
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 
-KINDS = ("topic", "module", "class", "function")
+KINDS = ("module", "class", "function")
 
 
 def get_config() -> PromptsConfig:
@@ -18,12 +18,13 @@ def get_config() -> PromptsConfig:
         task="classification",
         sources=("python_docs",),
         input="{{ text[:160] }}",
-        answer=f"{{{{ {list(KINDS)}[label] }}}}",
+        answer=f"{{{{ {['', *KINDS]}[label] }}}}",
         labels=KINDS,
+        balanced=True,
         instructions=(
             "Say what this piece of Python's documentation is about.",
-            "Is the text about a topic of the language, or the docstring of a module, a class or a function?",
-            "Classify the documentation as topic, module, class or function.",
+            "Is the text the docstring of a module, a class or a function?",
+            "Classify the documentation as module, class or function.",
         ),
         methods=("ape", "paraphrase", "grips", "shots"),
         rounds=2,

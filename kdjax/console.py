@@ -316,6 +316,7 @@ PROMPTS = {
     "random": "a candidate at random",
     "first": "the first candidate",
     "few_shot": "examples selected alone",
+    "commonest": "always the commonest label",
 }
 """Rows of the table of a search: key of the summary, name."""
 

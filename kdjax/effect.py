@@ -25,7 +25,7 @@ from kdjax.prompts.effect_model import cache_bytes, compare, seconds
 from kdjax.prompts.journal import Journal
 from kdjax.prompts.local import Local, open_local
 from kdjax.prompts.score import CONTENT_FREE, Scoring
-from kdjax.prompts.splits import Splits, read_examples, split
+from kdjax.prompts.splits import Splits, read_examples, split_as
 from kdjax.prompts.tasks import TASKS, Candidate, Example, show
 from kdjax.search import EVERY_SECONDS, claim, given
 
@@ -64,7 +64,7 @@ def _found(config: EffectConfig, directory: Path) -> Figures:
     scoring = Scoring(TASKS[own.task], own.measure, own.labels, own.max_new_tokens, calibrated=own.calibrated)
     examples = read_examples(own.sources, own.input, own.answer)
     scoring.check(examples)
-    splits = split(examples, (own.propose_rows, own.select_rows, own.test_rows), own.seed)
+    splits = split_as(own, examples)
     candidates = read_candidates(config, splits)
     local = open_local(own.scorer)
     if local.model.config.encoder_layers:

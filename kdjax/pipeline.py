@@ -25,7 +25,7 @@ from kdjax.prompts.journal import Journal
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.score import Scoring
 from kdjax.prompts.select import mean_interval
-from kdjax.prompts.splits import Splits, plain, read_examples, split
+from kdjax.prompts.splits import Splits, plain, read_examples, split_as
 from kdjax.prompts.tasks import TASKS, Candidate, template
 from kdjax.search import claim, search
 from kdjax.train import train
@@ -76,7 +76,7 @@ def _stages(config: PipelineConfig, directory: Path) -> Summary:
     own = replace(config.search, sources=(_named(directory / EXAMPLES),), input="{{ prompt }}", answer="{{ answer }}")
     log.info("1 of 3: a prompt is sought (%s)", directory / SEARCH)
     found = search(own, directory / SEARCH)
-    splits = _splits(own)
+    splits = split_as(own, read_examples(own.sources, own.input, own.answer))
     _once(directory / QUESTIONS, lambda: _questions(own, splits))
     log.info("2 of 3: it is distilled (%s)", directory / DISTIL)
     run = train(_distil(config, own, directory), directory / DISTIL)
@@ -109,11 +109,6 @@ def _named(path: Path) -> str:
 def _examples(config: PipelineConfig) -> Iterable[Mapping[str, str]]:
     given = read_examples(config.search.sources, config.search.input, config.search.answer)
     return ({"prompt": one.input, "answer": one.answer} for one in given)
-
-
-def _splits(own: PromptsConfig) -> Splits:
-    given = read_examples(own.sources, own.input, own.answer)
-    return split(given, (own.propose_rows, own.select_rows, own.test_rows), own.seed)
 
 
 def _questions(own: PromptsConfig, splits: Splits) -> Iterable[Mapping[str, str]]:

@@ -26,7 +26,7 @@ from kdjax.prompts.propose import SHOWN, Workshop, propose
 from kdjax.prompts.score import Scoring
 from kdjax.prompts.select import SELECTORS
 from kdjax.prompts.speaker import How, Speaker
-from kdjax.prompts.splits import Splits, read_examples, split
+from kdjax.prompts.splits import Splits, read_examples, split_as
 from kdjax.prompts.tasks import TASKS, Candidate, Example, short, template
 from kdjax.prompts.verdict import Baseline, verdict
 from kdjax.sampling import Sampling
@@ -118,7 +118,7 @@ def _begin(config: PromptsConfig, directory: Path) -> Search:
     )
     examples = read_examples(config.sources, config.input, config.answer)
     scoring.check(examples)
-    splits = split(examples, (config.propose_rows, config.select_rows, config.test_rows), config.seed)
+    splits = split_as(config, examples)
     log.info("examples to propose with, select by and report on: %d, %d, %d", *map(len, vars(splits).values()))
     scorer, proposer, critic = _speakers(config, directory)
     block = config.scorer.batch_size if config.scorer.is_server else BLOCK

@@ -127,12 +127,13 @@ def train(config: Config, directory: Path, traced: profile.Span | None = None) -
                 return run.summary
             run.frozen = job.frozen()
             run.entered, run.compiled, run.tracer = began, compiled, _tracer(run, traced)
-            with _writing(run), closing(run.tracer), asked_to_stop(lambda: run.step) as run.asked_to_stop:
-                _look(run)
-                if run.step == 0:
-                    _open_summary(run)
-                _steps(run)
-                _close_summary(run)
+            with _writing(run), closing(run.tracer):
+                with asked_to_stop(lambda: run.step) as run.asked_to_stop:
+                    _look(run)
+                    if run.step == 0:
+                        _open_summary(run)
+                    _steps(run)
+                _close_summary(run)  # all steps are saved: a signal may end it, and the run goes on here
     return run.summary
 
 

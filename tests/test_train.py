@@ -154,6 +154,18 @@ def test_a_run_killed_before_its_last_evaluation_makes_it(done, config):
     assert summary(done)["kl_after"] == old["kl_after"]
 
 
+def test_a_run_interrupted_while_it_is_summed_up_ends_at_once_and_goes_on(done, config, monkeypatch):
+    """Summing up may take minutes, as where a prompt's recovery is measured; all steps are saved by then."""
+    old = summary(done)
+    (done / "summary.json").write_text(json.dumps({name: old[name] for name in old if name != "steps"}))
+    with monkeypatch.context() as patch:
+        patch.setattr("kdjax.summary.closing", lambda *given: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, done)
+    assert "steps" not in summary(done)
+    assert train(config, done)["kl_after"] == old["kl_after"] and summary(done)["steps"] == old["steps"]
+
+
 def test_a_damaged_summary_is_written_anew(done, config, caplog):
     old = summary(done)
     (done / "summary.json").write_text('{"kl_before": 1')

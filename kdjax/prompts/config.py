@@ -81,6 +81,9 @@ class PromptsConfig:
     measure: str = ""
     """What is made highest: rouge_l, token_f1, exact_match, accuracy, probability (of the right label), likelihood (of
     the answer, nats a token). Empty: the task's own."""
+    balanced: bool = False
+    """Whether examples of labels that have more than the rarest one are left out, so that all have as many: of a
+    classification, whose accuracy else says little where one label is most of the data."""
     calibrated: bool = True
     """Whether what labels get without any content is taken off."""
     instructions: tuple[str, ...] = ()
@@ -130,6 +133,8 @@ class PromptsConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+        if self.balanced and not self.labels:
+            raise UserError("balanced is set, but there are no labels; leave it out, or name them")
         for name in ("scorer", "proposer", "critic"):
             getattr(self, name).check(name)
         name, what = ("scorer", "the prompt is for") if self.make == "search" else ("proposer", "makes up prompts")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 
 from kdjax.data.chat import render
 from kdjax.data.sources import open_source
 from kdjax.errors import UserError
+from kdjax.prompts.config import PromptsConfig
 from kdjax.prompts.tasks import Example
 
 MOST_ROWS = 50_000
@@ -61,10 +62,26 @@ def _text(field: str, template: str, record: Mapping[str, object], where: str) -
         raise UserError(f"{where}: the template of the {field} {error} (columns: {columns}); mend {field}") from None
 
 
-def split(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> Splits:
+def split_as(config: PromptsConfig, examples: Sequence[Example]) -> Splits:
+    """Return the examples in the three parts that a config wants.
+
+    Raises:
+        UserError: too few examples for three parts.
+    """
+    sizes = (config.propose_rows, config.select_rows, config.test_rows)
+    return split(examples, sizes, config.seed, balanced=config.balanced)
+
+
+def split(examples: Sequence[Example], sizes: Sequence[int], seed: int, balanced: bool = False) -> Splits:
     """Return the examples in three parts of at most these sizes, by a hash of the input alone.
 
     Inputs that are the same but for case and space are one example, the first of them.
+
+    Args:
+        examples: to be dealt.
+        sizes: of the parts, at most.
+        seed: of the hash.
+        balanced: whether each part has as many examples of each answer, in turn; the others are left out.
 
     Raises:
         UserError: too few examples for three parts.
@@ -77,13 +94,22 @@ def split(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> Split
     for place in sorted(first):
         part = parts[next(number for number, end in enumerate(ends) if place < end)]
         part.append(first[place])
-    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    answers = sorted({example.answer for example in first.values()})
+    parts = [_in_turn(part, answers) if balanced else part for part in parts]
+    parts = [part[: size - size % len(answers) if balanced else size] for part, size in zip(parts, sizes, strict=True)]
     if min(map(len, parts)) < LEAST:
         raise UserError(
-            f"{len(first)} different examples make parts of {', '.join(str(len(part)) for part in parts)} to propose "
-            f"with, to select by and to report on; wanted {LEAST} each: give more rows"
+            f"{len(first)} different examples make {'balanced ' if balanced else ''}parts of "
+            f"{', '.join(str(len(part)) for part in parts)} to propose with, to select by and to report on; wanted "
+            f"{LEAST} each: give more rows"
         )
     return Splits(*map(tuple, parts))
+
+
+def _in_turn(examples: Sequence[Example], answers: Sequence[str]) -> list[Example]:
+    """Return an example of each answer in turn, as long as there is one of each."""
+    groups = ([example for example in examples if example.answer == answer] for answer in answers)
+    return list(chain.from_iterable(zip(*groups, strict=False)))
 
 
 def plain(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -41,6 +42,7 @@ def verdict(
 
     `test` has means with 95 % intervals, `gains` those of the winner's score less another one's at the same example.
     `random` is each example by a candidate drawn: what one may expect of choosing among the same candidates at random.
+    `commonest`, where accuracy is measured, is what the label that is commonest among the examples to select by has.
     `gap` is what the winner lost from selection to report: that it was chosen makes its selection score too high.
     """
     draw = Random(seed)
@@ -50,8 +52,11 @@ def verdict(
     found = _tested(bench, splits, [best] * len(splits.test))
     best_J = _scores(found)
     test, gains = {"best": _interval(best_J, seed)}, {}
-    for name, chosen in rivals.items():
-        scores_J = _scores(_tested(bench, splits, chosen))
+    scores = {name: _scores(_tested(bench, splits, chosen)) for name, chosen in rivals.items()}
+    if bench.scoring.measure == "accuracy":
+        label = Counter(example.answer for example in splits.select).most_common(1)[0][0]
+        scores["commonest"] = np.array([float(example.answer == label) for example in splits.test])
+    for name, scores_J in scores.items():
         test[name], gains[name] = _interval(scores_J, seed), _interval(best_J - scores_J, seed)
     said = [one.said for one in found]
     corpus = {name: measure(said) for name, measure in bench.scoring.task.corpus.items()}

@@ -24,6 +24,7 @@ from kdjax.errors import UserError
 from kdjax.prompts.bench import PRIOR
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.speaker import Said, Weighed
+from kdjax.prompts.splits import read_examples, split_as
 from kdjax.prompts.tasks import TASKS, Candidate, Example, show
 from kdjax.search import search
 
@@ -116,6 +117,9 @@ def test_it_finds_what_was_planted_and_reports_once(config, stub, tmp_path):
     best = found["best"]["text"]
     assert sum(word in best for word in WORDS) >= 4
     assert found["test"]["best"]["low"] > found["test"]["random"]["high"] and found["gains"]["random"]["low"] > 0
+    wanted = [one.answer for one in split_as(config, read_examples(config.sources, config.input, config.answer)).test]
+    shares = [wanted.count(label) / len(wanted) for label in config.labels]
+    assert found["test"]["commonest"]["score"] in shares and found["gains"]["commonest"]["low"] > 0
     assert found["gap"] == pytest.approx(found["selection"]["score"] - found["test"]["best"]["score"])
     assert 0 < found["evaluations"]["select"] <= 900 < found["candidates"] * 60
     taken = found["tokens"]["select"] + found["tokens"]["propose"]

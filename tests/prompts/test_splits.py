@@ -1,6 +1,7 @@
 """Three parts that share no input, the same whatever the order of rows, and stable as rows come."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -39,6 +40,18 @@ def test_sizes_are_kept_and_rows_that_come_move_no_other():
 def test_the_same_input_is_one_example():
     doubled = [*EXAMPLES[:100], *(Example(f"  {e.input.upper()}\n", "other") for e in EXAMPLES[:100])]
     assert split(doubled, (20, 30, 50), 3) == split(EXAMPLES[:100], (20, 30, 50), 3)
+
+
+def test_balanced_parts_have_as_many_of_each_answer_in_turn_and_none_moves():
+    """90 % are of one answer; a place in a part is still by the hash alone, so no example changes its part."""
+    skewed = [replace(one, answer=("rare", "common")[n % 10 > 0]) for n, one in enumerate(EXAMPLES)]
+    plain, even = (split(skewed, (50, 101, 150), 5, balanced=balanced) for balanced in (False, True))
+    wholes = parts(split(skewed, (500, 1010, 1500), 5))
+    for part, whole, size in zip(vars(even).values(), wholes, (50, 101, 150), strict=True):
+        assert {one.input for one in part} <= whole
+        assert len(part) == min(size - size % 2, 2 * sum(one.answer == "rare" for one in skewed if one.input in whole))
+        assert [one.answer for one in part] == ["common", "rare"] * (len(part) // 2)
+    assert sum(one.answer == "common" for one in plain.test) > 0.8 * len(plain.test)
 
 
 def test_too_few_rows_are_refused():
