@@ -38,7 +38,7 @@ from kdjax.train import train
 RESULTS = harness.RESULTS / "arms.jsonl"
 RECIPE = harness.ROOT / "configs" / "soft_prompt.py"
 PICTURE = harness.ROOT / "docs" / "arms.svg"
-STEPS, INK = 40, "#1f5fa8"
+INK = "#1f5fa8"
 
 RATES = {"lora": 1e-3, "all": 3e-5, "prompt": 1e-2, "prefix": 1e-2}
 """What is trained -> its middle learning rate."""
@@ -120,8 +120,8 @@ ARMS: dict[str, Arm] = {
     "all weights": Arm("all", lambda config, home: _student(config)),
     **{
         f"{tokens} soft tokens, {start}": Arm("prompt", _soft("prompt", tokens, start))
-        for start in ("prompt", "random")
-        for tokens in (16, 4, 64)
+        for start, counts in {"prompt": (16, 4, 64), "random": (16, 4, 64), "vocabulary": (16,)}.items()
+        for tokens in counts
     },
     **{f"prefix of {tokens}, prompt": Arm("prefix", _soft("prefix", tokens, "prompt")) for tokens in (16, 4, 64)},
     **{f"the prompt cut to {tokens}": Arm("", _soft("prompt", tokens, "prompt")) for tokens in (4, 16, 64)},
@@ -132,7 +132,7 @@ ARMS: dict[str, Arm] = {
 
 def base() -> Config:
     """Return the recipe that all arms are made from: adapters of rank 16 in the place of its soft prompt."""
-    return replace(_student(configs.load(str(RECIPE)), lora=Lora(16)), steps=STEPS, eval_every=0, prompt="")
+    return replace(_student(configs.load(str(RECIPE)), lora=Lora(16)), eval_every=0, prompt="")
 
 
 def of_arm(config: Config, name: str, rate: float, seed: int, home: Path) -> harness.Row:
@@ -211,6 +211,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     fewer = [f"{name} ({number})" for name, number in tried.items() if 0 < number < len(rates(name))]
     short = f" Tried at fewer, so far: {', '.join(fewer)}." if fewer else ""
     absent = [name for name, number in tried.items() if not number]
+    steps = max(row.get("steps") or 0 for row in rows)
     short += f" Not measured yet: {', '.join(absent)}." if absent else ""
     return "\n".join(
         [
@@ -218,7 +219,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             "",
             f"![What each arm recovers, and beside the places that a request keeps for it]({PICTURE.name})",
             "",
-            f"{STEPS} steps of 4 rows each; shares with their 95 % bootstrap interval over {last['recovered_prompts']} "
+            f"{steps} steps of 4 rows each; shares with their 95 % bootstrap interval over {last['recovered_prompts']} "
             "unseen questions. Places are those of a request's cache that stand before its question. Each arm is shown "
             f"at that of {len(FACTORS)} learning rates, a factor of 3 apart, at which it recovers most of these very "
             f"answers, which flatters all arms alike.{short} {harness.measured_on(last['environment'])}.",

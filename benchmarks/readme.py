@@ -43,7 +43,6 @@ from benchmarks import (
     scaling,
     screening,
     search,
-    soft_prompts,
     start,
     step,
     students,
@@ -207,7 +206,6 @@ PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompts": lambda results: prompts.markdown(harness.read(results / "prompts.jsonl")),
     "prompt_distill": lambda results: prompt_distill.markdown(harness.read(results / "prompt_distill.jsonl")),
     "gist": lambda results: gist.markdown(harness.read(results / "gist.jsonl")),
-    "soft prompts": lambda results: soft_prompts.markdown(harness.read(results / "soft_prompts.jsonl")),
 }
 """The same for the page of prompts."""
 

@@ -506,7 +506,6 @@ TRIALS = {
     "quickstart": (("--seeds", "1"), lambda row: row["objective"] == "unigram" and row["perplexity_after"] < 264),
     "scaling": ((), lambda row: row["devices"] == 2 and row["sent_bytes"] > 0),
     "screening": (("--tasks", "line compiles"), lambda row: row["shots"] == 8 and len(row["plain"]) == 6),
-    "soft_prompts": (("--cases", "prefix-random-16"), lambda row: row["tokens"] == 16),
     "students": ((), lambda row: row["by"] == "untrained" and row["kl"] > 0),
 }
 """Experiment -> flags of its trial, and what holds of the last row."""
