@@ -47,6 +47,6 @@ def recipe(config: Config, home: Path) -> Config:
 
 def prompts(config: PromptsConfig, home: Path) -> PromptsConfig:
     """Return a search of few prompts on few examples, all models the small decoder."""
-    rows = {"propose_rows": 8, "select_rows": 6, "test_rows": 6, "budget": 24, "rounds": 1, "proposal_tokens": 4}
+    rows = {"propose_rows": 8, "select_rows": 6, "test_rows": 6, "budget": 48, "rounds": 1, "proposal_tokens": 4}
     speaker = SpeakerConfig(model(home))
     return replace(config, **rows, scorer=speaker, proposer=speaker, max_new_tokens=4)

@@ -36,6 +36,7 @@ from benchmarks import (
     memory,
     models,
     peers,
+    pipeline,
     prompt_distill,
     prompts,
     quality,
@@ -212,6 +213,7 @@ PROMPT_BLOCKS: dict[str, Callable[[Path], str]] = {
 
 SEARCH_BLOCKS: dict[str, Callable[[Path], str]] = {
     "search": lambda results: search.markdown(harness.read(results / "search.jsonl")),
+    "pipeline": lambda results: pipeline.markdown(harness.read(results / "pipeline.jsonl")),
 }
 """The same for the page of prompt search."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import harness, quick
 from kdjax import config as configs
-from kdjax.console import PROMPTS, amount
+from kdjax.console import PROMPTS, amount, scored
 from kdjax.prompts.config import PromptsConfig
 from kdjax.search import search
 
@@ -44,8 +44,8 @@ def _table(recipe: str, found: harness.Row | None) -> str:
     lines = [f"| | {found['measure']} | the winner's gain over it |", "|:--|--:|--:|"]
     for key, name in PROMPTS.items():
         if key in found["test"]:
-            gain = _interval(found["gains"][key]) if key in found["gains"] else ""
-            lines.append(f"| {name} | {_interval(found['test'][key])} | {gain} |")
+            gain = scored(found["gains"][key]) if key in found["gains"] else ""
+            lines.append(f"| {name} | {scored(found['test'][key])} | {gain} |")
     best, spent, tokens, environment = (found[name] for name in ("best", "evaluations", "tokens", "environment"))
     corpus = "".join(f" {name} of its answers is {amount(value)}." for name, value in found["corpus"].items())
     text = " ".join(best["text"].split())
@@ -61,10 +61,6 @@ def _table(recipe: str, found: harness.Row | None) -> str:
         f"{environment['cpu_cores']} CPU core(s); jax {environment['jax']}; commit {environment.get('commit', '?')}.",
     ]
     return "\n".join(lines)
-
-
-def _interval(found: dict[str, float]) -> str:
-    return f"{amount(found['score'])} ({amount(found['low'])} to {amount(found['high'])})"
 
 
 def missing(rows: Sequence[harness.Row]) -> list[str]:

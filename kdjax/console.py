@@ -296,7 +296,7 @@ def prompts_table(summary: Mapping[str, Any]) -> RenderableType:
     rows = []
     for key, name in PROMPTS.items():
         if found := summary["test"].get(key):
-            rows.append([name, _interval(found), _interval(summary["gains"].get(key), sign="+")])
+            rows.append([name, scored(found), scored(summary["gains"].get(key), sign="+")])
     headings = ["", f"{summary['measure']} (95 % interval)", "gain over it (95 % interval)"]
     figures = table(headings, rows)
     figures.rows[0].style = "bold"
@@ -323,14 +323,21 @@ PROMPTS = {
 
 def pipeline_table(summary: Mapping[str, Any]) -> RenderableType:
     """Return the table of a pipeline: scores with the prompt, without it, and distilled; and what that saves."""
-    names = {"prompted": "with the prompt", "unprompted": "without it", "distilled": "distilled, without it"}
-    rows = [[name, _interval(summary["test"].get(key))] for key, name in names.items()]
-    figures = table(["", f"{summary['measure']} (95 % interval)"], rows)
+    rows = [
+        [name, scored(summary["test"].get(key)), scored(summary["gains"].get(key), sign="+")]
+        for key, name in STAGES.items()
+    ]
+    figures = table(["", f"{summary['measure']} (95 % interval)", "gain (95 % interval)"], rows)
     figures.rows[-1].style = "bold"
     return Group(figures, "", *map(Text, recovered(summary["distil"])))
 
 
-def _interval(found: Mapping[str, Any] | None, sign: str = "") -> str:
+STAGES = {"prompted": "with the prompt", "unprompted": "without it", "distilled": "distilled, without it"}
+"""Rows of the table of a pipeline: key of the summary, name."""
+
+
+def scored(found: Mapping[str, Any] | None, sign: str = "") -> str:
+    """Return a score with its interval; a sign before one that is above 0."""
     if found is None:
         return MISSING
     sign = sign if found["score"] > 0 else ""

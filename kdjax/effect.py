@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,22 +19,20 @@ from kdjax.metrics import write_json
 from kdjax.prompts.bench import KEY
 from kdjax.prompts.config import EffectConfig
 from kdjax.prompts.effect import Ledger, Study, Variant, by_shots, calibrations, sensitivity
-from kdjax.prompts.effect_figures import Figures, break_even, by_position, interval
+from kdjax.prompts.effect_figures import Figures, break_even, by_position
 from kdjax.prompts.effect_model import cache_bytes, compare, seconds
 from kdjax.prompts.journal import Journal
 from kdjax.prompts.local import Local, open_local
-from kdjax.prompts.score import CONTENT_FREE, Scoring
+from kdjax.prompts.score import CONTENT_FREE, scoring_as
+from kdjax.prompts.select import interval
 from kdjax.prompts.splits import Splits, read_examples, split_as
-from kdjax.prompts.tasks import TASKS, Candidate, Example, show
-from kdjax.search import EVERY_SECONDS, claim, given
+from kdjax.prompts.tasks import NONE, Candidate, Example, show
+from kdjax.search import EVERY_SECONDS, claim, given, read_best
 
 log = logging.getLogger(__name__)
 
 EFFECT = "effect.json"
 """All figures; written last of all."""
-
-NONE = Candidate("")
-"""No prompt: the input alone, in the words of the task."""
 
 
 def effect(config: EffectConfig, directory: Path) -> Figures:
@@ -61,7 +58,7 @@ def effect(config: EffectConfig, directory: Path) -> Figures:
 
 def _found(config: EffectConfig, directory: Path) -> Figures:
     own, paid = config.prompts, distil_seconds(config)
-    scoring = Scoring(TASKS[own.task], own.measure, own.labels, own.max_new_tokens, calibrated=own.calibrated)
+    scoring = scoring_as(own)
     examples = read_examples(own.sources, own.input, own.answer)
     scoring.check(examples)
     splits = split_as(own, examples)
@@ -115,8 +112,7 @@ def read_candidates(config: EffectConfig, splits: Splits) -> list[Candidate]:
         UserError: there is none, a file that has none, or one that shows what is measured on.
     """
     path = Path(config.candidates).expanduser()
-    read = _of_search if path.suffix == ".jsonl" else _of_view
-    found = (read(path, config) if config.candidates else given(config.prompts))[: config.most_prompts]
+    found = (_of_file(path, config) if config.candidates else given(config.prompts))[: config.most_prompts]
     if not found:
         raise UserError("there is no prompt; give prompts.instructions, or candidates: a search's prompts.jsonl")
     unseen = {example.key for example in splits.test}
@@ -128,8 +124,13 @@ def read_candidates(config: EffectConfig, splits: Splits) -> list[Candidate]:
     return found
 
 
-def _of_search(path: Path, config: EffectConfig) -> list[Candidate]:
-    """Return the candidates of a search, the winner first, then those that came furthest and scored highest."""
+def _of_file(path: Path, config: EffectConfig) -> list[Candidate]:
+    """Return the candidates of a search, the winner first, then those that came furthest and scored highest.
+
+    Of its best.txt there is one, or none where it says nothing before the input.
+    """
+    if path.suffix != ".jsonl":
+        return [one for one in [read_best(path, config.prompts)] if one.text]
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8", "surrogatepass").splitlines() if line.strip()]
         rows.sort(key=lambda row: (row["is_best"], len(row["scores"]), row["scores"][-1]["mean"]), reverse=True)
@@ -138,23 +139,6 @@ def _of_search(path: Path, config: EffectConfig) -> list[Candidate]:
         raise UserError(f"candidates {path} cannot be read: {error.strerror}; name a search's prompts.jsonl") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"candidates {path} is no prompts.jsonl of a search ({error}); name one") from None
-
-
-def _of_view(path: Path, config: EffectConfig) -> list[Candidate]:
-    """Return the prompt that a view of a row has before the input; its worked examples are part of the text."""
-    try:
-        text = path.read_text("utf-8", "surrogatepass")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"candidates {path} cannot be read: {error}; name a search's best.txt") from None
-    turn = re.fullmatch(r"\{% set turn %\}\n(.*)\{% endset %\}\n\{\{ chat\(.*\) \}\}\s*", text, re.DOTALL)
-    text = (turn[1] if turn else text).rstrip()
-    end = show(TASKS[config.prompts.task], NONE, "\0").replace("\0", config.prompts.input)
-    if not text.endswith(end):
-        raise UserError(
-            f"candidates {path} does not end with {end!r}; wanted the best.txt of a search of the same task"
-        )
-    text = text.removesuffix(end).rstrip().replace('{{ "{" }}', "{")
-    return [Candidate(text)] if text else []
 
 
 def distil_seconds(config: EffectConfig) -> float | None:

@@ -14,20 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdjax.config import Config
 from kdjax.environment import describe
 from kdjax.errors import UserError
 from kdjax.lock import lock_run
 from kdjax.metrics import write_json
 from kdjax.prompts.bench import KEY, Bench
-from kdjax.prompts.config import PromptsConfig, SpeakerConfig
+from kdjax.prompts.config import PromptsConfig
 from kdjax.prompts.journal import Journal
 from kdjax.prompts.open import open_speaker
-from kdjax.prompts.score import Scoring
-from kdjax.prompts.select import mean_interval
+from kdjax.prompts.score import scoring_as
+from kdjax.prompts.select import interval
 from kdjax.prompts.splits import Splits, plain, read_examples, split_as
-from kdjax.prompts.tasks import TASKS, Candidate, template
-from kdjax.search import claim, search
+from kdjax.prompts.tasks import NONE, TASKS, Candidate, template
+from kdjax.search import BEST, claim, read_best, search
 from kdjax.train import train
 
 EXAMPLES, QUESTIONS, SUMMARY = "examples.jsonl", "questions.jsonl", "summary.json"
@@ -78,16 +80,17 @@ def _stages(config: PipelineConfig, directory: Path) -> Summary:
     found = search(own, directory / SEARCH)
     splits = split_as(own, read_examples(own.sources, own.input, own.answer))
     _once(directory / QUESTIONS, lambda: _questions(own, splits))
+    best = read_best(directory / SEARCH / BEST, own)
     log.info("2 of 3: it is distilled (%s)", directory / DISTIL)
-    run = train(_distil(config, own, directory), directory / DISTIL)
+    run = train(_distil(config, own, best, directory), directory / DISTIL)
     log.info("3 of 3: evaluated on %d examples that nothing has seen", len(splits.test))
-    summary: Summary = {"prompt": (directory / SEARCH / "best.txt").read_text("utf-8"), "search": found}
+    summary: Summary = {"prompt": best.text, "search": found}
     summary |= {
         "distil": {
             name: run[name] for name in ("recovered", "recovered_interval", "recovered_prompts", "saved") if name in run
         }
     }
-    summary |= {"measure": found["measure"], "test": _tested(own, splits, found, directory)}
+    summary |= {"measure": found["measure"], **_tested(own, splits, best, directory)}
     summary |= {"seconds": time.monotonic() - began, "environment": describe()}
     write_json(directory / SUMMARY, summary)
     return summary
@@ -120,18 +123,9 @@ def _questions(own: PromptsConfig, splits: Splits) -> Iterable[Mapping[str, str]
             yield {"prompt": one.input}
 
 
-def _distil(config: PipelineConfig, own: PromptsConfig, directory: Path) -> Config:
-    """Return the config of the distillation: the prompt that was found is in the teacher's view, nothing in the other.
-
-    Raises:
-        UserError: the prompt cannot be read.
-    """
-    best = directory / SEARCH / "best.txt"
-    try:
-        prompted = best.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{best} cannot be read: {error}; it is the prompt that is distilled") from None
-    bare = template(TASKS[own.task], Candidate(""), own.input, own.scorer.chat)
+def _distil(config: PipelineConfig, own: PromptsConfig, best: Candidate, directory: Path) -> Config:
+    """Return the config of the distillation: the teacher sees the prompt that was found, the student none."""
+    prompted, bare = (template(TASKS[own.task], one, own.input, own.scorer.chat) for one in (best, NONE))
     data = replace(
         config.distil.data,
         sources=(_named(directory / QUESTIONS),),
@@ -142,18 +136,19 @@ def _distil(config: PipelineConfig, own: PromptsConfig, directory: Path) -> Conf
     return replace(config.distil, data=data, answers=replace(config.distil.answers, by="teacher"))
 
 
-def _tested(own: PromptsConfig, splits: Splits, found: Summary, directory: Path) -> Summary:
-    """Return the score, with its 95 % interval, of the prompted model, the unprompted one, and the distilled one."""
-    scoring = Scoring(TASKS[own.task], own.measure, own.labels, own.max_new_tokens, calibrated=own.calibrated)
-    journal = Journal(directory / "evaluations.jsonl", KEY)
+def _tested(own: PromptsConfig, splits: Splits, best: Candidate, directory: Path) -> Summary:
+    """Return the scores of the prompted model, the unprompted one and the distilled one, with their 95 % intervals.
+
+    `gains` are those of the prompted and the distilled model over the unprompted one, at the same examples.
+    """
+    scoring, journal = scoring_as(own), Journal(directory / "evaluations.jsonl", KEY)
     student = replace(own.scorer, source=str(directory / DISTIL))
-    pairs = [(Candidate(""), example) for example in splits.test]
-    test: Summary = {"prompted": found["test"]["best"]}
-    for name, model in (("unprompted", own.scorer), ("distilled", student)):
-        scores = [one.score for one in _bench(model, scoring, journal).ask(name, pairs)]
-        test[name] = dict(zip(("score", "low", "high"), mean_interval(scores, own.seed), strict=True))
-    return test
-
-
-def _bench(model: SpeakerConfig, scoring: Scoring, journal: Journal) -> Bench:
-    return Bench(open_speaker(model), scoring, journal)
+    scores = {}
+    for model, asked in {own.scorer: {"unprompted": NONE, "prompted": best}, student: {"distilled": NONE}}.items():
+        bench = Bench(open_speaker(model), scoring, journal)
+        for name, candidate in asked.items():
+            found = bench.ask(name, [(candidate, example) for example in splits.test])
+            scores[name] = np.array([one.score for one in found])
+    gains = {name: scores[name] - scores["unprompted"] for name in ("prompted", "distilled")}
+    shown = {"test": scores, "gains": gains}
+    return {what: {name: interval(x_J, own.seed) for name, x_J in of.items()} for what, of in shown.items()}

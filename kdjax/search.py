@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,11 +24,11 @@ from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.journal import Journal, Remembering
 from kdjax.prompts.open import open_speaker
 from kdjax.prompts.propose import SHOWN, Workshop, propose
-from kdjax.prompts.score import Scoring
+from kdjax.prompts.score import scoring_as
 from kdjax.prompts.select import SELECTORS
 from kdjax.prompts.speaker import How, Speaker
 from kdjax.prompts.splits import Splits, read_examples, split_as
-from kdjax.prompts.tasks import TASKS, Candidate, Example, short, template
+from kdjax.prompts.tasks import NONE, TASKS, Candidate, Example, short, show, template
 from kdjax.prompts.verdict import Baseline, verdict
 from kdjax.sampling import Sampling
 
@@ -39,8 +40,8 @@ EVERY_SECONDS = 5.0
 FAILURES = 16
 """Examples at which a candidate is tried to find where it fails."""
 
-SUMMARY = "summary.json"
-"""Written last of all."""
+BEST, SUMMARY = "best.txt", "summary.json"
+"""The winner as a view of a row; and what is written last of all."""
 
 Summary = dict[str, Any]
 
@@ -113,9 +114,7 @@ def claim(config: Any, directory: Path, free: Sequence[str] = ()) -> None:
 
 def _begin(config: PromptsConfig, directory: Path) -> Search:
     """Return the search before its first round, all that can be checked beforehand checked."""
-    scoring = Scoring(
-        TASKS[config.task], config.measure, config.labels, config.max_new_tokens, calibrated=config.calibrated
-    )
+    scoring = scoring_as(config)
     examples = read_examples(config.sources, config.input, config.answer)
     scoring.check(examples)
     splits = split_as(config, examples)
@@ -245,6 +244,27 @@ def _write(job: Search, best: Candidate, directory: Path) -> None:
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     (directory / "prompts.jsonl").write_text("".join(lines), "utf-8", "surrogatepass")
     is_chat = job.config.scorer.chat or job.config.scorer.is_server
-    (directory / "best.txt").write_text(
+    (directory / BEST).write_text(
         template(job.bench.scoring.task, best, job.config.input, is_chat), "utf-8", "surrogatepass"
     )
+
+
+def read_best(path: Path, config: PromptsConfig) -> Candidate:
+    """Return what best.txt says before the input, as a search wrote it or a person edited it; examples are its text.
+
+    Raises:
+        UserError: it cannot be read, asks otherwise than the task does, or takes more of a row than the input.
+    """
+    try:
+        text = path.read_text("utf-8", "surrogatepass")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; name a search's best.txt") from None
+    turn = re.fullmatch(r"\{% set turn %\}\n(.*)\{% endset %\}\n\{\{ chat\(.*\) \}\}\s*", text, re.DOTALL)
+    text, brace = (turn[1] if turn else text).rstrip(), '{{ "{" }}'
+    end = show(TASKS[config.task], NONE, "\0").replace("\0", config.input)
+    if not text.endswith(end):
+        raise UserError(f"{path} does not end with {end!r}; wanted the best.txt of a search of the same task")
+    text = text.removesuffix(end).rstrip()
+    if found := re.search(r"\{[{%#].*", text.replace(brace, "")):
+        raise UserError(f"{path} has {found[0][:40]!r} before the input; wanted the same words for every row")
+    return Candidate(text.replace(brace, "{"))

@@ -523,6 +523,7 @@ def test_a_trial_of_an_experiment_ends_with_its_row_and_keeps_nothing(name, tmp_
 
 READ = {
     "effect": ((), "**"),
+    "pipeline": ((), "distilled, without it"),
     "search": (("prompt_question_answering",), "unseen examples, one search"),
     "divergences": ((), "forward_kl"),
 }

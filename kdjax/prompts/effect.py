@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from kdjax.prompts.config import EffectConfig
-from kdjax.prompts.effect_figures import Figures, calibration, interval, spread
+from kdjax.prompts.effect_figures import Figures, calibration, spread
 from kdjax.prompts.effect_ledger import Ledger, Variant
 from kdjax.prompts.score import Scoring
+from kdjax.prompts.select import interval
 from kdjax.prompts.tasks import Candidate, Example
 from kdjax.shapes import Array
 

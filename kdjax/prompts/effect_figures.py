@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.prompts.select import mean_interval
+from kdjax.prompts.select import interval
 from kdjax.shapes import Array
 
 Figures = dict[str, Any]
-
-
-def interval(scores_J: Array, seed: int) -> Figures:
-    """Return `score`, the mean over examples, and the ends of its 95 % bootstrap interval, `low` and `high`."""
-    return dict(zip(("score", "low", "high"), mean_interval(scores_J, seed), strict=True))
 
 
 def spread(names: Sequence[str], scores_VJ: Array, seed: int) -> Figures:

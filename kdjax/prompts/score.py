@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdjax.errors import UserError, did_you_mean
+from kdjax.prompts.config import PromptsConfig
 from kdjax.prompts.speaker import How, Speaker
-from kdjax.prompts.tasks import LIKELIHOOD, Candidate, Example, Task, show
+from kdjax.prompts.tasks import LIKELIHOOD, TASKS, Candidate, Example, Task, show
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Inputs that say nothing about their label."""
@@ -81,6 +82,16 @@ class Scoring:
                 raise UserError(
                     f"the answer {example.answer!r} is none of the labels{did_you_mean(example.answer, self.labels)}"
                 )
+
+
+def scoring_as(config: PromptsConfig) -> Scoring:
+    """Return how a config's candidates are measured.
+
+    Raises:
+        UserError: a measure that the task has not, or labels that are none.
+    """
+    task, tokens = TASKS[config.task], config.max_new_tokens
+    return Scoring(task, config.measure, config.labels, tokens, calibrated=config.calibrated)
 
 
 @dataclass(frozen=True)

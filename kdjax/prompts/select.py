@@ -117,5 +117,10 @@ def mean_interval(scores_J: Array, seed: int, draws: int = 2_000) -> tuple[float
     return float(scores_J.mean()), float(low), float(high)
 
 
+def interval(scores_J: Array, seed: int) -> dict[str, float]:
+    """Return `score`, the mean over examples, and the ends of its 95 % bootstrap interval, `low` and `high`."""
+    return dict(zip(("score", "low", "high"), mean_interval(scores_J, seed), strict=True))
+
+
 SELECTORS: dict[str, Selector] = {"halving": halving, "ucb": ucb}
 """Ways to spend a budget."""

@@ -57,6 +57,10 @@ class Candidate:
         return hashlib.blake2b(said.encode(), digest_size=5).hexdigest()
 
 
+NONE = Candidate("")
+"""No prompt: the input alone, in the words of the task."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of task.

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdjax.prompts.bench import Bench, rank
 from kdjax.prompts.score import Evaluation
-from kdjax.prompts.select import Selector, mean_interval
+from kdjax.prompts.select import Selector, interval
 from kdjax.prompts.splits import Splits
 from kdjax.prompts.tasks import Candidate
 
@@ -51,13 +51,13 @@ def verdict(
         rivals["few_shot"] = [_few_shot(bench, splits, candidates, baseline, draw)] * len(splits.test)
     found = _tested(bench, splits, [best] * len(splits.test))
     best_J = _scores(found)
-    test, gains = {"best": _interval(best_J, seed)}, {}
+    test, gains = {"best": interval(best_J, seed)}, {}
     scores = {name: _scores(_tested(bench, splits, chosen)) for name, chosen in rivals.items()}
     if bench.scoring.measure == "accuracy":
         label = Counter(example.answer for example in splits.select).most_common(1)[0][0]
         scores["commonest"] = np.array([float(example.answer == label) for example in splits.test])
     for name, scores_J in scores.items():
-        test[name], gains[name] = _interval(scores_J, seed), _interval(best_J - scores_J, seed)
+        test[name], gains[name] = interval(scores_J, seed), interval(best_J - scores_J, seed)
     said = [one.said for one in found]
     corpus = {name: measure(said) for name, measure in bench.scoring.task.corpus.items()}
     return {"test": test, "gains": gains, "gap": selected_by - test["best"]["score"], "corpus": corpus}
@@ -98,7 +98,3 @@ def _tested(bench: Bench, splits: Splits, candidates: Sequence[Candidate]) -> li
 
 def _scores(found: Sequence[Evaluation]) -> np.ndarray:
     return np.array([one.score for one in found])
-
-
-def _interval(scores_J: np.ndarray, seed: int) -> dict[str, float]:
-    return dict(zip(("score", "low", "high"), mean_interval(scores_J, seed), strict=True))

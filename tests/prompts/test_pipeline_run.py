@@ -18,6 +18,8 @@ from kdjax.models import ModelSpec
 from kdjax.models.config import Lora
 from kdjax.pipeline import PipelineConfig, pipeline
 from kdjax.prompts.config import SpeakerConfig
+from kdjax.prompts.splits import read_examples, split_as
+from kdjax.prompts.tasks import TASKS, Candidate, template
 from kdjax.sampling import AnswersConfig
 
 
@@ -34,6 +36,9 @@ def config(tmp_path_factory):
         batch_size=8,
     )
     return PipelineConfig(search=found, distil=distil)
+
+
+EDITED = "Edited by a person, who has left nothing of it."
 
 
 def lines(path):
@@ -65,7 +70,7 @@ def test_each_stage_starts_from_the_file_of_the_one_before(config, tmp_path, mon
                 pipeline(config, run)
         if stage == "train":
             best = run / "search" / "best.txt"
-            best.write_text(best.read_text().replace(tiny_search.PLANTED, "Edited by a person."))
+            best.write_text(best.read_text().replace(tiny_search.PLANTED, EDITED))
             short = replace(config.distil, data=replace(config.distil.data, sequence_length=4))
             with pytest.raises(UserError, match=r"data.sequence_length 4"):  # mended below, and nothing lost
                 pipeline(replace(config, distil=short), run)
@@ -73,26 +78,51 @@ def test_each_stage_starts_from_the_file_of_the_one_before(config, tmp_path, mon
     found = pipeline(config, run)
     after = {path: path.read_bytes() for path in before}
     assert after == before
-    splits = job._splits(replace(config.search, sources=(f"jsonl:{run / 'examples.jsonl'}",), **PLAIN))
+    own = replace(config.search, sources=(f"jsonl:{run / 'examples.jsonl'}",), **PLAIN)
+    splits = split_as(own, read_examples(own.sources, own.input, own.answer))
     asked = {row["prompt"] for row in lines(run / "questions.jsonl")}
     assert len(splits.test) == 40 and asked.isdisjoint({one.input for one in splits.test}) and len(asked) > 60
     answered = lines(run / "distil" / "answers.jsonl")
     assert len(answered) > 30 and {row["prompt"] for row in answered} <= asked
     saved = json.loads((run / "distil" / "config.json").read_text())
-    assert "Edited by a person." in saved["data"]["teacher_view"] and found["prompt"] == best.read_text()
+    assert saved["data"]["teacher_view"] == best.read_text() and EDITED in found["prompt"]
     assert "Edited" not in saved["data"]["student_view"]
-    assert found["test"]["prompted"]["score"] == 1 > found["test"]["unprompted"]["score"]
-    assert found["test"]["distilled"].keys() == {"score", "low", "high"} and "recovered" in found["distil"]
+    scored = [row["candidate"] for row in lines(run / "evaluations.jsonl") if row["part"] == "prompted"]
+    assert set(scored) == {Candidate(EDITED).id} and len(scored) == 40
+    test, gain = found["test"], found["gains"]["prompted"]
+    assert found["search"]["test"]["best"]["score"] == 1 > test["prompted"]["score"] != test["unprompted"]["score"]
+    assert gain["score"] == pytest.approx(test["prompted"]["score"] - test["unprompted"]["score"])
+    assert found["gains"].keys() == {"prompted", "distilled"} and "recovered" in found["distil"]
     (tmp_path / "recipe.py").write_text("def get_config():\n    from kdjax.config import Config\n    return Config()\n")
     capsys.readouterr()
     assert main(["pipeline", str(run)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"with the prompt +1\.000", said) and "distilled, without it" in said
+    assert re.search(r"with the prompt +\d\.\d+ .* [+-]\d\.\d+ ", said) and "distilled, without it" in said
     assert main(["pipeline", str(run), "--search.rounds", "3"]) == 2
     assert "holds a job whose config differs (search.rounds: 2 -> 3)" in capsys.readouterr().err
     assert main(["pipeline", str(run), "--distil.steps", "3"]) == 2
     assert "steps: 2 -> 3" in capsys.readouterr().err
     assert main(["pipeline", str(tmp_path / "recipe.py")]) == 2
+
+
+WRONG = {
+    "Label:\n": ("", "does not end with 'Text: "),
+    "Text: {{ prompt }}": ("Text: {{ prompt.upper() }}", "does not end with 'Text: "),
+    tiny_search.PLANTED: ("Say which {{ kind }} it is.", "has '{{ kind }} it is."),
+}
+"""What a person takes out of best.txt -> what is put there, and what is said."""
+
+
+@pytest.mark.parametrize("taken", WRONG)
+def test_a_prompt_edited_beyond_use_is_refused(config, tmp_path, taken):
+    put, said = WRONG[taken]
+    own = replace(config.search, **PLAIN)
+    path, best = tmp_path / "best.txt", Candidate(tiny_search.PLANTED + ' Not {"a": {{}}.')
+    path.write_text(view := template(TASKS[own.task], best, own.input, chat=False))
+    assert search.read_best(path, own) == best and view.count(taken) == 1
+    path.write_text(view.replace(taken, put))
+    with pytest.raises(UserError, match=re.escape(said)):
+        search.read_best(path, own)
 
 
 PLAIN = {"input": "{{ prompt }}", "answer": "{{ answer }}"}
