@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kdjax.cli import speak_plainly
 from kdjax.console import duration
 from kdjax.environment import describe
 
@@ -261,7 +262,11 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def parser(doc: str | None, results: Path) -> argparse.ArgumentParser:
-    """Return a parser of what benchmarks take alike: where rows go, and --quick, with which none do."""
+    """Return a parser of what benchmarks take alike: where rows go, and --quick, with which none do.
+
+    From here on kdjax's own remarks are shown, as by its command line.
+    """
+    speak_plainly()
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,6 +1,6 @@
 """One prompt from first to last by configs/prompt_pipeline.py: found, distilled, and what both are worth.
 
-COMMAND: python -m benchmarks.pipeline          (about 20 minutes on 2 CPU cores; run again to go on)
+COMMAND: python -m benchmarks.pipeline          (about 18 minutes of a CPU core; run again to go on)
 
 The pipeline's summary becomes the one row of benchmarks/results/pipeline.jsonl; `python -m benchmarks.readme` puts it
 into docs/search.md.

@@ -34,7 +34,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    _speak_plainly()
+    speak_plainly()
     keep_compiled()
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -79,7 +79,7 @@ class _OneLine(logging.Handler):
         say(record.getMessage())
 
 
-def _speak_plainly() -> None:
+def speak_plainly() -> None:
     """Let kdjax's own remarks be seen, and not what libraries say to their developers; never fail on a character."""
     log = logging.getLogger("kdjax")
     log.handlers, log.propagate = [_OneLine()], False
