@@ -1,4 +1,4 @@
-"""What a prompt does to a small chat model that tells what a piece of Python's documentation is about.
+"""What a prompt does to a small chat model that tells what kind of thing a name of Python's library is.
 
 COMMAND:  kdjax effect configs/effect.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
@@ -16,18 +16,18 @@ def get_config() -> EffectConfig:
     prompts = PromptsConfig(
         task="classification",
         sources=("python_docs",),
-        input="{{ text[:100] }}",
+        input="{{ id.split('.')[-1] }}",
         answer=f"{{{{ {['', *KINDS]}[label] }}}}",
         labels=KINDS,
         balanced=True,
         instructions=(
-            "Say what this piece of Python's documentation is about.",
-            "Is the text the docstring of a module, a class or a function?",
-            "Classify the documentation as module, class or function.",
+            "Is this the name of a module, a class or a function in Python?",
+            "Say what this name in Python's standard library is.",
+            "Classify the Python name as module, class or function.",
         ),
         shots=3,
         propose_rows=40,
-        select_rows=2,
+        select_rows=3,
         test_rows=60,
         scorer=SpeakerConfig("smollm2-135m-instruct"),
     )
@@ -38,5 +38,5 @@ def get_config() -> EffectConfig:
         draws=2,
         most_shots=4,
         label_sets=("package, type, routine",),
-        distil_seconds=900.0,  # what configs/prompt_pipeline.py says that it takes
+        distil_seconds=1080.0,  # what configs/prompt_pipeline.py says that it takes
     )

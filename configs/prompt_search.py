@@ -1,4 +1,4 @@
-"""The prompt by which a small chat model tells best what a piece of Python's documentation is about.
+"""The prompt by which a small chat model tells best what kind of thing a name of Python's library is.
 
 COMMAND:  kdjax prompts configs/prompt_search.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
@@ -17,25 +17,25 @@ def get_config() -> PromptsConfig:
         name="prompt_search",
         task="classification",
         sources=("python_docs",),
-        input="{{ text[:160] }}",
+        input="{{ id.split('.')[-1] }}",
         answer=f"{{{{ {['', *KINDS]}[label] }}}}",
         labels=KINDS,
         balanced=True,
         instructions=(
-            "Say what this piece of Python's documentation is about.",
-            "Is the text the docstring of a module, a class or a function?",
-            "Classify the documentation as module, class or function.",
+            "Is this the name of a module, a class or a function in Python?",
+            "Say what this name in Python's standard library is.",
+            "Classify the Python name as module, class or function.",
         ),
         methods=("ape", "paraphrase", "grips", "shots"),
         rounds=2,
         beam=3,
         children=3,
-        shots=2,
-        budget=640,
+        shots=8,
+        budget=1200,
         propose_rows=40,
-        select_rows=100,
-        test_rows=120,
-        few_shot_baseline=2,
+        select_rows=150,
+        test_rows=150,
+        few_shot_baseline=8,
         proposal_tokens=40,
         scorer=SpeakerConfig("smollm2-135m-instruct"),
         proposer=SpeakerConfig("smollm2-135m-instruct"),
