@@ -36,7 +36,7 @@ def get_config() -> EffectConfig:
         name="effect",
         orders=3,
         draws=2,
-        most_shots=4,
+        most_shots=8,
         label_sets=("package, type, routine",),
         distil_seconds=1080.0,  # what configs/prompt_pipeline.py says that it takes
     )
