@@ -122,17 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small rows, 1 round; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
-    try:
-        if options.rounds < 1 or options.stretch < LEAST:
-            raise UserError(f"--rounds is {options.rounds}, --stretch {options.stretch}; wanted 1, {LEAST} or more")
-        config = configs.override(shape(), [*(QUICK if options.quick else ()), *flags], "benchmarks.checkpoint")
-        environment = harness.environment()
-        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            rounds = 1 if options.quick else options.rounds
-            row = measure(training(config, 1), rounds, options.stretch, Path(directory) / "checkpoints")
-    except UserError as error:
-        print(f"benchmarks.checkpoint: {error}", file=sys.stderr)
-        return 2
+    if options.rounds < 1 or options.stretch < LEAST:
+        raise UserError(f"--rounds is {options.rounds}, --stretch {options.stretch}; wanted 1, {LEAST} or more")
+    config = configs.override(shape(), [*(QUICK if options.quick else ()), *flags], "benchmarks.checkpoint")
+    environment = harness.environment()
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        rounds = 1 if options.quick else options.rounds
+        row = measure(training(config, 1), rounds, options.stretch, Path(directory) / "checkpoints")
     row |= {"environment": environment}
     if not options.quick:
         harness.append(options.results, [row])
@@ -142,4 +138,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

@@ -118,11 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources, rounds, batches = options.sources, options.rounds, TIMED
     if options.quick:
         sources, rounds, batches = sources[:1], 1, QUICK
-    try:
-        used, name = tokenizer(options.tokenizer)
-    except UserError as error:
-        print(f"benchmarks.data: {error}", file=sys.stderr)
-        return 2
+    used, name = tokenizer(options.tokenizer)
     for source, packing in itertools.product(sources, get_args(Packing)):
         try:
             row = measure(source, packing, used, rounds, batches)
@@ -142,4 +138,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

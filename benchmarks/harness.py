@@ -22,14 +22,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
-from kdjax.cli import speak_plainly
+from kdjax.cli import INTERRUPTED, speak_plainly
+from kdjax.commands import say
 from kdjax.console import duration
 from kdjax.environment import describe
+from kdjax.errors import UserError
+from kdjax.train import Stopped
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -273,6 +276,18 @@ def parser(doc: str | None, results: Path) -> argparse.ArgumentParser:
     made.add_argument("--results", type=Path, default=results, metavar="PATH", help="where rows are kept")
     made.add_argument("--quick", action="store_true", help="a trial of seconds on small models; nothing is kept")
     return made
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a benchmark and leave with its exit code; bad input is one line, and 2, and a signal 128 and its number."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        say(str(error))
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        say("stopped; rows that were told are kept, and the same command goes on")
+        sys.exit(getattr(stop, "exit_code", INTERRUPTED))
 
 
 def kept(options: argparse.Namespace) -> list[Row]:

@@ -9,7 +9,6 @@ step; the recipe is the quickstart's. Rows go to benchmarks/results/memory.jsonl
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -113,4 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

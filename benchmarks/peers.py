@@ -332,18 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models and 3 rounds; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
-    try:
-        if options.rounds < 1:
-            raise UserError(f"--rounds is {options.rounds}; wanted at least 1")
-        pythons = dict(pair.partition("=")[::2] for pair in options.python)
-        if unknown := [name for name, path in pythons.items() if name not in ENGINES or not Path(path).is_file()]:
-            raise UserError(f"--python {unknown[0]}={pythons[unknown[0]]}: wanted ENGINE=PATH, of a file that is there")
-        config = configs.override(shape(), [*(QUICK if options.quick else ()), *flags], "benchmarks.peers")
-        environment = harness.environment()
-        rows = measure(config, options.engines, pythons, 3 if options.quick else options.rounds)
-    except UserError as error:
-        print(f"benchmarks.peers: {error}", file=sys.stderr)
-        return 2
+    if options.rounds < 1:
+        raise UserError(f"--rounds is {options.rounds}; wanted at least 1")
+    pythons = dict(pair.partition("=")[::2] for pair in options.python)
+    if unknown := [name for name, path in pythons.items() if name not in ENGINES or not Path(path).is_file()]:
+        raise UserError(f"--python {unknown[0]}={pythons[unknown[0]]}: wanted ENGINE=PATH, of a file that is there")
+    config = configs.override(shape(), [*(QUICK if options.quick else ()), *flags], "benchmarks.peers")
+    environment = harness.environment()
+    rows = measure(config, options.engines, pythons, 3 if options.quick else options.rounds)
     rows = [{"what": "peers"} | one | {"environment": environment} for one in rows]
     if not options.quick:
         harness.append(options.results, rows)
@@ -357,4 +353,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

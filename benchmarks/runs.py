@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,4 +128,4 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 
 def run(study: Study) -> None:
     """Run a study's module."""
-    sys.exit(main(study))
+    harness.leave(partial(main, study))

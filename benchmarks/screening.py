@@ -14,7 +14,6 @@ import ast
 import inspect
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -210,4 +209,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

@@ -9,7 +9,6 @@ that was stopped goes on. `python -m benchmarks.readme` puts the rows into docs/
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,4 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

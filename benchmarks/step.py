@@ -267,16 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     flags = [*(QUICK if options.quick else ()), *flags]
-    try:
-        if options.rounds < 1 or options.documents < 1:
-            raise UserError(f"--rounds is {options.rounds}, --documents {options.documents}; wanted at least 1 each")
-        asked = [flags, [*flags, *shlex.split(options.against)]] if options.against else [flags]
-        wanted = [configs.override(shape(), each, "benchmarks.step") for each in asked]
-        environment = harness.environment()
-        rows = measure(wanted, options.documents, 3 if options.quick else options.rounds)
-    except UserError as error:
-        print(f"benchmarks.step: {error}", file=sys.stderr)
-        return 2
+    if options.rounds < 1 or options.documents < 1:
+        raise UserError(f"--rounds is {options.rounds}, --documents {options.documents}; wanted at least 1 each")
+    asked = [flags, [*flags, *shlex.split(options.against)]] if options.against else [flags]
+    wanted = [configs.override(shape(), each, "benchmarks.step") for each in asked]
+    environment = harness.environment()
+    rows = measure(wanted, options.documents, 3 if options.quick else options.rounds)
     rows = [one | {"environment": environment} for one in rows]
     if not options.quick:
         harness.append(options.results, rows)
@@ -286,4 +282,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

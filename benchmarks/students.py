@@ -9,7 +9,6 @@ docs/students.md. Importance is measured on training text, all figures on held-o
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -120,4 +119,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

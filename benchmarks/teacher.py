@@ -179,16 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     flags = [*(QUICK if options.quick else ()), *flags]
-    try:
-        if options.rounds < 1 or options.documents < 1:
-            raise UserError(f"--rounds is {options.rounds}, --documents {options.documents}; wanted at least 1 each")
-        asked = [flags, *([*flags, *shlex.split(more)] for more in options.against)]
-        wanted = [configs.override(step.shape(), each, "benchmarks.teacher") for each in asked]
-        environment = harness.environment()
-        rows = measure(wanted, options.documents, 3 if options.quick else options.rounds)
-    except UserError as error:
-        print(f"benchmarks.teacher: {error}", file=sys.stderr)
-        return 2
+    if options.rounds < 1 or options.documents < 1:
+        raise UserError(f"--rounds is {options.rounds}, --documents {options.documents}; wanted at least 1 each")
+    asked = [flags, *([*flags, *shlex.split(more)] for more in options.against)]
+    wanted = [configs.override(step.shape(), each, "benchmarks.teacher") for each in asked]
+    environment = harness.environment()
+    rows = measure(wanted, options.documents, 3 if options.quick else options.rounds)
     rows = [{"what": "teacher"} | one | {"environment": environment} for one in rows]
     if not options.quick:
         harness.append(options.results, rows)
@@ -198,4 +194,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.leave(main)

@@ -443,6 +443,26 @@ def test_a_task_is_used_where_its_gain_over_the_better_zero_shot_is_sure_to_be_a
     assert "Not measured yet" in screening.markdown(found[:3])
 
 
+ENDS = {
+    "the rate is -1; wanted more": (UserError("the rate is -1; wanted more"), 2),
+    "stopped; rows that were told are kept": (KeyboardInterrupt(), 130),
+}
+"""What is said -> how a benchmark ends, and its exit code."""
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_a_benchmark_that_cannot_go_on_says_so_in_one_line(said, capsys):
+    error, code = ENDS[said]
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        harness.leave(main)
+    shown = capsys.readouterr().err
+    assert ended.value.code == code and said in shown and shown.count("\n") == 1
+
+
 def test_rows_of_a_step_are_full_and_their_documents_apart():
     config = replace(step.shape(), batch_size=2)
     batch = step.random_batch(config, 4)
