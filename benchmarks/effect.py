@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--run", type=Path, default=Path("runs") / "effect", metavar="DIR")
     options = parser.parse_args(arguments)
-    config = configs.load(str(RECIPE), EffectConfig)
+    config, environment = configs.load(str(RECIPE), EffectConfig), harness.environment()
     with harness.home(options, options.run.parent) as home:
         if options.quick:
             config = replace(config, prompts=quick.prompts(config.prompts, home), orders=1, draws=1, most_shots=1)
-        found = effect(config, home / options.run.name)
+        found = effect(config, home / options.run.name) | {"environment": environment}
     if not options.quick:
         options.results.write_text(json.dumps({"what": "effect"} | found) + "\n", "utf-8")
     print(markdown([found]))

@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser(__doc__, RESULTS)
     parser.add_argument("--run", type=Path, default=Path("runs") / "prompt_pipeline", metavar="DIR")
     options = parser.parse_args(arguments)
-    config = configs.load(str(RECIPE), PipelineConfig)
+    config, environment = configs.load(str(RECIPE), PipelineConfig), harness.environment()
     with harness.home(options, options.run.parent) as home:
         if options.quick:
             small = quick.prompts(config.search, home), quick.recipe(config.distil, home)
             config = replace(config, search=small[0], distil=small[1])
-        found = pipeline(config, home / options.run.name)
+        found = pipeline(config, home / options.run.name) | {"environment": environment}
     if not options.quick:
         options.results.write_text(json.dumps({"what": "pipeline"} | found) + "\n", "utf-8")
     print(markdown([found]))

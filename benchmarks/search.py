@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.recipes) - set(RECIPES):
         parser.error(f"unknown recipe {min(unknown)!r}; known: {', '.join(RECIPES)}")
+    environment = harness.environment()
     with harness.home(options, options.runs) as home:
         for recipe in options.recipes or missing(harness.kept(options)):
             config = configs.load(str(harness.ROOT / "configs" / f"{recipe}.py"), PromptsConfig)
             config = quick.prompts(config, home) if options.quick else config
-            found = {"what": "search"} | search(config, home / recipe)
+            found = {"what": "search"} | search(config, home / recipe) | {"environment": environment}
             if not options.quick:
                 rows = [row for row in harness.read(options.results) if row["task"] != config.task]
                 options.results.write_text("".join(json.dumps(row) + "\n" for row in [*rows, found]), "utf-8")

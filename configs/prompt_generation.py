@@ -2,8 +2,9 @@
 
 COMMAND:  kdjax prompts configs/prompt_generation.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     not measured yet
-RESULT:   not measured yet: docs/search.md
+TIME:     about 7 minutes of one core once the model (93 MB) is fetched
+RESULT:   the winner's ROUGE-L is 0.163, that of a candidate at random 0.121, and the intervals of the gain are above 0
+          (docs/search.md)
 """
 
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig

@@ -2,8 +2,8 @@
 
 COMMAND:  kdjax prompts configs/prompt_summarising.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     not measured yet
-RESULT:   not measured yet: docs/search.md
+TIME:     about 6 minutes of one core once the model (93 MB) is fetched
+RESULT:   the winner's ROUGE-L is 0.125, that of a candidate at random 0.103, which may be chance (docs/search.md)
 """
 
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
