@@ -2,9 +2,9 @@
 
 COMMAND:  kdjax effect configs/effect.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     about 4 minutes of one core once the model (93 MB) is fetched
-RESULT:   no prompt is clearly better than none, two are worse; the words of the labels, the format and the order of
-          worked examples move the score by tens of points (figures: docs/effect.md)
+TIME:     about 6 minutes of one core once the model (93 MB) is fetched
+RESULT:   no prompt of a person is clearly better than none; the words of the labels move the score by 17 points, the
+          format by 12 (docs/effect.md)
 """
 
 from kdjax.prompts.config import EffectConfig, PromptsConfig, SpeakerConfig

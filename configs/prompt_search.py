@@ -2,9 +2,9 @@
 
 COMMAND:  kdjax prompts configs/prompt_search.py
 HARDWARE: 2 CPU cores, 3 GB of memory; no GPU
-TIME:     about 15 minutes of one core once the model (93 MB) is fetched
-RESULT:   a prompt clearly better than a candidate at random, and as good as worked examples selected alone (figures:
-          docs/search.md)
+TIME:     about 9 minutes of one core once the model (93 MB) is fetched
+RESULT:   accuracy 0.49 by the prompt that is found, 0.39 by a candidate at random, 0.47 by worked examples selected
+          alone, 0.33 by chance (intervals: docs/search.md)
 """
 
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
