@@ -1,6 +1,6 @@
 """What prompts do to a task by configs/effect.py: scores, sensitivity, likelihood, calibration and cost of a request.
 
-COMMAND: python -m benchmarks.effect          (about 4 minutes of a CPU core; run again to go on)
+COMMAND: python -m benchmarks.effect          (about 6 minutes of a CPU core; run again to go on)
 
 The analysis becomes the one row of benchmarks/results/effect.jsonl; `python -m benchmarks.readme` puts what a person
 reads of it into docs/effect.md.

@@ -1,6 +1,6 @@
 """What of a prompt is recovered by configs/prompt_distill.py, over seeds; and of a prompt that it was not taught.
 
-COMMAND: python -m benchmarks.prompt_distill --seeds 5     (about 10 minutes a seed on 2 CPU cores; run again to go on)
+COMMAND: python -m benchmarks.prompt_distill --seeds 5     (about 17 minutes a seed on a CPU core; run again to go on)
 
 Appends one JSON object a run to benchmarks/results/prompt_distill.jsonl; the table of docs/prompts.md is made from it.
 The answers are sampled once, so the held-out ones are the same for all. The seed is that of the adapters and of the

@@ -1,6 +1,6 @@
 """What the recipes of prompt search find, one for each task: the winner, and what one would have had without a search.
 
-COMMAND: python -m benchmarks.search          (5 to 15 minutes a recipe on a CPU core)
+COMMAND: python -m benchmarks.search          (6 to 20 minutes a recipe on a CPU core)
 
 A recipe without a row in benchmarks/results/search.jsonl is run, those with one only where they are named; a search
 that was stopped goes on. `python -m benchmarks.readme` puts the rows into docs/search.md.

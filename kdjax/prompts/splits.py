@@ -94,14 +94,15 @@ def split(examples: Sequence[Example], sizes: Sequence[int], seed: int, balanced
     for place in sorted(first):
         part = parts[next(number for number, end in enumerate(ends) if place < end)]
         part.append(first[place])
-    answers = sorted({example.answer for example in first.values()})
-    parts = [_in_turn(part, answers) if balanced else part for part in parts]
-    parts = [part[: size - size % len(answers) if balanced else size] for part, size in zip(parts, sizes, strict=True)]
+    if balanced:
+        answers = sorted({example.answer for example in first.values()})
+        parts, sizes = [_in_turn(part, answers) for part in parts], [size - size % len(answers) for size in sizes]
+    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
     if min(map(len, parts)) < LEAST:
         raise UserError(
             f"{len(first)} different examples make {'balanced ' if balanced else ''}parts of "
             f"{', '.join(str(len(part)) for part in parts)} to propose with, to select by and to report on; wanted "
-            f"{LEAST} each: give more rows"
+            f"{LEAST} each: give more rows, or ask for larger parts"
         )
     return Splits(*map(tuple, parts))
 
