@@ -52,7 +52,7 @@ def of_arm(config: Config, arm: str, seed: int, home: Path) -> harness.Row:
     config = replace(config, seed=seed, data=replace(config.data, seed=seed), prompt="")
     taught = replace(config, data=replace(config.data, teacher_view=_unrelated(config))) if arm == "control" else config
     run = home / f"{arm}-{seed}"
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)  # a run that was ended goes on
     said = home / f"answers behind {'another' if arm == 'control' else 'the'} prompt"
     for name in sorted(sampled_once(taught, said).glob("answers.json*")):
         shutil.copy(name, run)

@@ -4,6 +4,7 @@ Nearly all the time of the tests is XLA's, in compiling what then runs for a mom
 a test starts in a process of its own compiles as users do.
 """
 
+import gc
 import os
 from unittest import mock
 
@@ -31,6 +32,16 @@ def compiled(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     reset_cache()
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """Let go of a module's compiled functions: each is mapped into memory piece by piece, and Linux ends a process that
+    has more than `vm.max_map_count` (65,530) pieces, which two workers' tests come to.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -158,10 +158,12 @@ def test_a_run_interrupted_while_it_is_summed_up_ends_at_once_and_goes_on(done, 
     """Summing up may take minutes, as where a prompt's recovery is measured; all steps are saved by then."""
     old = summary(done)
     (done / "summary.json").write_text(json.dumps({name: old[name] for name in old if name != "steps"}))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
     with monkeypatch.context() as patch:
         patch.setattr("kdjax.summary.closing", lambda *given: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(config, done)
+    signal.signal(signal.SIGINT, before)
     assert "steps" not in summary(done)
     assert train(config, done)["kl_after"] == old["kl_after"] and summary(done)["steps"] == old["steps"]
 
