@@ -126,6 +126,7 @@ def test_draws_are_of_what_the_teacher_says(written, plain):
     assert np.abs(drawn_V - likely_V).sum() < 0.35 * likely_V.sum() and drawn_V.sum() == pytest.approx(likely_V.sum())
 
 
+@pytest.mark.slow
 def test_a_run_goes_as_with_the_live_teacher_and_goes_on_bit_for_bit(written, tmp_path, plain):
     labelled, directory = written["hidden"]
     from_cache = replace(labelled, cache=str(directory))

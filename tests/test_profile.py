@@ -80,6 +80,7 @@ def traced(home):  # noqa: F811
     return runs
 
 
+@pytest.mark.slow
 def test_a_trace_opens_and_says_what_takes_the_time(traced):
     for directory, done in traced:
         (perfetto,) = (directory / "profile").rglob("perfetto_trace.json.gz")
@@ -92,6 +93,7 @@ def test_a_trace_opens_and_says_what_takes_the_time(traced):
         assert f"{directory.name}/profile holds the trace, up to step 3; of the devices' time: teacher" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_one_process_compiles_the_next_one_finds(home, traced):  # noqa: F811
     cold, warm = (json.loads((directory / "summary.json").read_text()) for directory, _ in traced)
     assert cold["compiled_cached"] <= 2 and list((home / "kept" / "compiled").iterdir())  # two that are the same
