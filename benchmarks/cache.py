@@ -13,7 +13,6 @@ to benchmarks/results/cache.jsonl, of which docs/cache.svg is drawn; `python -m 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -255,12 +254,8 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.parser(__doc__, RESULTS, "a few cases of configs/smoke.py; nothing is kept")
     parser.add_argument("--recipe", default=str(RECIPE), metavar="CONFIG")
-    parser.add_argument("--quick", action="store_true", help="a few cases of configs/smoke.py; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     objective = ObjectiveConfig(alpha=0.0, temperature=1.0)

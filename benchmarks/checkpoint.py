@@ -11,7 +11,6 @@ benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -113,14 +112,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the flags ask for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.parser(__doc__, RESULTS, "small rows, 1 round; nothing is kept")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of stretches")
     parser.add_argument("--stretch", type=int, default=8, help="steps of a stretch")
     parser.add_argument("--directory", type=Path, help="on the disk that is measured; default: that of temporary files")
-    parser.add_argument("--quick", action="store_true", help="small rows, 1 round; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     if options.rounds < 1 or options.stretch < LEAST:
         raise UserError(f"--rounds is {options.rounds}, --stretch {options.stretch}; wanted 1, {LEAST} or more")

@@ -12,7 +12,6 @@ benchmarks/results/data.jsonl, anew each time; `python -m benchmarks.readme` put
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -20,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from benchmarks import harness
@@ -106,12 +104,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all sources; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS, "the first source, a few batches; nothing is kept")
     parser.add_argument("--sources", nargs="+", default=SOURCES)
     parser.add_argument("--tokenizer", default="", help="a path; default: SmolLM2's, or bytes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="the first source, a few batches; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
     logging.getLogger("kdjax").setLevel(logging.ERROR)  # each example that is left out would be said
     environment, rows = harness.environment(), []

@@ -11,10 +11,8 @@ anew each time; `python -m benchmarks.readme` puts them into docs/generation.md.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -204,20 +202,13 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS, "a small random model, 2 rounds; nothing is kept")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a small random model, 2 rounds; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
     it, environment, rounds = subject(options.quick), harness.environment(), 2 if options.quick else options.rounds
     environment |= {name: version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
     rows = [row for batch in BATCHES for row in measure(it, batch, rounds)]
-    rows.append(shared(it, max(BATCHES), rounds))
-    if not options.quick:
-        options.results.unlink(missing_ok=True)
-        harness.append(options.results, [row | {"environment": environment} for row in rows])
-    for row in rows:
-        print(json.dumps(row))
+    harness.tell_anew(options, [*rows, shared(it, max(BATCHES), rounds)], environment)
     return 0
 
 

@@ -264,7 +264,9 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def parser(doc: str | None, results: Path) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, results: Path, quick: str = "a trial of seconds on small models; nothing is kept"
+) -> argparse.ArgumentParser:
     """Return a parser of what benchmarks take alike: where rows go, and --quick, with which none do.
 
     From here on kdjax's own remarks are shown, as by its command line.
@@ -274,7 +276,7 @@ def parser(doc: str | None, results: Path) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     made.add_argument("--results", type=Path, default=results, metavar="PATH", help="where rows are kept")
-    made.add_argument("--quick", action="store_true", help="a trial of seconds on small models; nothing is kept")
+    made.add_argument("--quick", action="store_true", help=quick)
     return made
 
 

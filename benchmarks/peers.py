@@ -18,7 +18,6 @@ puts them into benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -322,15 +321,11 @@ def _same(row: harness.Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the flags ask for; return the exit code."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.parser(__doc__, RESULTS, "tiny models and 3 rounds; nothing is kept")
     here = [name for name, engine in ENGINES.items() if jax.default_backend() in engine.kinds]
     parser.add_argument("--engines", nargs="+", default=here, choices=here, metavar="ENGINE", help=", ".join(here))
     parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
-    parser.add_argument("--quick", action="store_true", help="tiny models and 3 rounds; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     if options.rounds < 1:
         raise UserError(f"--rounds is {options.rounds}; wanted at least 1")

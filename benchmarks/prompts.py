@@ -14,14 +14,12 @@ measured by a product of two matrices. Rows go to benchmarks/results/prompts.jso
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -204,13 +202,11 @@ def measured_on(rows: Sequence[harness.Row]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all ways at each length of the prompt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
+    parser = harness.parser(__doc__, RESULTS, "two layers, the first prompt, 2 rounds; nothing is kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, metavar="TOKENS")
-    parser.add_argument("--quick", action="store_true", help="two layers, the first prompt, 2 rounds; nothing is kept")
     options = parser.parse_args(arguments)
     environment, (model, params, name), rows = harness.environment(), teacher(options.quick), []
     facts = {"teacher": name, "environment": environment}
@@ -222,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.results.unlink(missing_ok=True)
         harness.append(options.results, rows)
     print(json.dumps({f"{row['prompt_tokens']} {row['way']}": row["ratio"] for row in rows}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    harness.leave(main)

@@ -13,7 +13,6 @@ to benchmarks/results/quality.jsonl, of which docs/quality.svg is drawn.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -315,18 +314,16 @@ def left(rows: Sequence[harness.Row], arms: Sequence[str], seeds: int, rates: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS, "a few steps, one rate and seed; nothing is kept")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the interpreter that TRL is in")
     parser.add_argument("--home", type=Path, default=Path("runs") / "quality", metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="a few steps, one rate and seed; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PATH")
     options = parser.parse_args(arguments)
     scale, seeds = (QUICK, 1) if options.quick else (Scale(), options.seeds)
     environment, arms = harness.environment(), list(options.arms)
-    rows = [] if options.quick else harness.read(options.results)
+    rows = harness.kept(options)
     config = base(options.home / ("quick" if options.quick else "whole"), scale)
     while case := next(left(rows, arms, seeds, scale.rates), None):
         arm, rate, seed = case

@@ -11,8 +11,6 @@ benchmarks/results/start.jsonl; `python -m benchmarks.readme` puts them into ben
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -82,21 +80,17 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, RESULTS, "one round; nothing is kept")
     parser.add_argument("recipe", nargs="?", default="configs/smoke.py")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one round; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
     environment = harness.environment()
-    row = measure(options.recipe, 1 if options.quick else options.rounds) | {"environment": environment}
-    if not options.quick:
-        harness.append(options.results, [row])
-    print(markdown([row]), file=sys.stderr)
-    print(json.dumps(row))
+    row = measure(options.recipe, 1 if options.quick else options.rounds)
+    print(markdown([harness.tell(options, row, environment)]), file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    harness.leave(main)

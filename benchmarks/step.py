@@ -14,7 +14,6 @@ on a CPU. Rows go to benchmarks/results/step.jsonl; `python -m benchmarks.readme
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import statistics
@@ -257,14 +256,10 @@ def markdown(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the flags ask for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = harness.parser(__doc__, RESULTS, "small rows and 3 rounds; nothing is kept")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
     parser.add_argument("--documents", type=int, default=1, help="documents packed into a row")
     parser.add_argument("--against", default="", metavar="FLAGS", help="a second config, by flags added to the others")
-    parser.add_argument("--quick", action="store_true", help="small rows and 3 rounds; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="PATH")
     options, flags = parser.parse_known_args(arguments)
     flags = [*(QUICK if options.quick else ()), *flags]
     if options.rounds < 1 or options.documents < 1:
