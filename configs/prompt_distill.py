@@ -4,7 +4,7 @@ COMMAND:  kdjax train configs/prompt_distill.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
 TIME:     about 25 minutes of one core, answers and measuring included, once the model (93 MB) is fetched;
           --prompt-file my.txt distils one's own
-RESULT:   93 % of the prompt's effect on unseen questions is recovered (four seeds, intervals: docs/prompts.md)
+RESULT:   93 % of the prompt's effect on unseen questions is recovered (five seeds, intervals: docs/prompts.md)
 """
 
 from kdjax.checkpoint import CheckpointConfig
