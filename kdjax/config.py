@@ -247,6 +247,8 @@ def override(config: C, flags: Sequence[str], command: str) -> C:
     Raises:
         UserError: an unknown flag, with the nearest name, or a value that does not fit.
     """
+    if not flags:
+        return config
     if isinstance(config, Config) and config.teacher is None and any(flag.startswith("--teacher.") for flag in flags):
         config = dataclasses.replace(config, teacher=ModelSpec())
     _refuse_unknown(config, flags)
