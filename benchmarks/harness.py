@@ -298,11 +298,16 @@ def kept(options: argparse.Namespace) -> list[Row]:
 
 
 def tell(options: argparse.Namespace, row: Row, environment: Row) -> Row:
-    """Return a row with its environment, kept unless this is a trial; print it as a line of JSON."""
+    """Return a row with its environment, kept unless this is a trial; print it as a line of JSON.
+
+    What was compiled for it is let go of: Linux ends a process that maps more than `vm.max_map_count` pieces of memory,
+    and some forty runs have that many.
+    """
     print(json.dumps(row), flush=True)
     row = row | {"environment": environment}
     if not options.quick:
         append(options.results, [row])
+    jax.clear_caches()
     return row
 
 
