@@ -2,9 +2,10 @@
 
 COMMAND:  kdjax train configs/prompt_distill_onpolicy.py
 HARDWARE: 2 CPU cores, 6 GB of memory; no GPU
-TIME:     about 30 minutes of one core (estimated) once the model (93 MB) is fetched; --prompt-file my.txt distils one's
-          own
-RESULT:   what is recovered on the student's own answers, beside the off-policy recipe's: docs/prompts.md
+TIME:     about 30 minutes of one core, answers and measuring included, once the model (93 MB) is fetched;
+          --prompt-file my.txt distils one's own
+RESULT:   91 % of the prompt's effect on unseen questions is recovered, on its own answers too (one seed:
+          docs/prompts.md)
 PAPER:    OPCD, arXiv:2602.12275; the mix is GKD's, arXiv:2306.13649
 """
 
