@@ -5,7 +5,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,67 +92,44 @@ OBJECTIVES = {
 }
 
 
-class Side(NamedTuple):
-    """One tokenizer's spelling of a text: its tokens, the token before each chunk, and which tokens a chunk has."""
-
-    ids_T: np.ndarray
-    before_K: np.ndarray
-    is_in_KT: np.ndarray
-
-
-def side(ids, starts, common):
-    before_K, is_in_KT = np.zeros(LONGEST, np.int32), np.zeros((LONGEST, LONGEST), np.float32)
-    at = [starts.index(start) for start in common]
-    for k, (first, end) in enumerate(zip(at, [*at[1:], len(ids)], strict=True)):
-        before_K[k] = first - 1
-        is_in_KT[k, first:end] = 1
-    return Side(np.array(ids + [0] * (LONGEST - len(ids)), np.int32), before_K, is_in_KT)
-
-
-@partial(jax.jit, static_argnums=0)
-def chunks_loss(name, log_q_TV, own, log_p_TU, other, student_of_U, count):
-    """Σ over the first `count` chunks of a text."""
-    q_KV, p_KU = log_q_TV[own.before_K], log_p_TU[other.before_K]
-    if name == "alm":
-        q_K, p_K = (
-            one.is_in_KT @ log_TV[jnp.arange(LONGEST) - 1, one.ids_T]
-            for one, log_TV in ((own, log_q_TV), (other, log_p_TU))
-        )
-        each_K = chunk_divergence(q_K, p_K, 10.0)
-    elif name == "uld":
-        each_K = sorted_distance(q_KV, p_KU)
-    else:
-        p_KV = projected(p_KU, student_of_U, q_KV.shape[1])
-        each_K = (jnp.exp(p_KV) * (p_KV - q_KV)).sum(1)
-    return jnp.where(jnp.arange(LONGEST) < count, each_K, 0).sum()
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_is_worth_what_its_examples_alone_are(made, name):
     """Packed, in microbatches and on a mesh of devices, in value and gradient: against loops over texts, each alone."""
     mesh = MeshConfig(data=4, fsdp=2)
     job = build(replace(made, objective=replace(OBJECTIVES[name], chunk_tokens=48), mesh=mesh))
     state, frozen, batch = job.start(), job.frozen(), next(job.data.train(prefetch=0))[0]
-    both = ((job.tokenizer, batch.student), (job.other_tokenizer, batch.teacher))
-    texts = []
-    for one, view in both:
-        pieces = token_bytes(one)
-        texts.append([[(n, pieces[n]) for n in ids] for ids in examples(view, one)])
-    spelled = [[b"".join(piece for _, piece in text) for text in own] for own in texts]
+    ours, theirs = job.tokenizer, job.other_tokenizer
+    sides = [(one, list(examples(view, one))) for one, view in ((ours, batch.student), (theirs, batch.teacher))]
+    spelled = [[b"".join(token_bytes(one)[n] for n in ids) for ids in texts] for one, texts in sides]
     assert spelled[0] == spelled[1] and len(spelled[0]) > 10
-    student_of_U = job.recipe.signal_of(frozen, jax.tree.map(jnp.asarray, batch)).student_of_U
+    student_of_U = jnp.asarray(job.recipe.signal_of(frozen, jax.tree.map(jnp.asarray, batch)).student_of_U)
 
     def loss(student):
         total, count = 0.0, 0
-        for text, *pieces in zip(spelled[0], *texts, strict=True):
-            ids = [[n for n, _ in own] for own in pieces]
-            starts = [np.cumsum([0, *(len(piece) for _, piece in own)])[:-1].tolist() for own in pieces]
-            common = sorted(start for start in set(starts[0]) & set(starts[1]) if start >= text.index(b": ") + 2)
-            own, other = (side(*given, common) for given in zip(ids, starts, strict=True))
-            log_q_TV = log_probs(job.student.model, student, ids[0])
-            log_p_TU = log_probs(job.teacher.model, frozen["teacher"], ids[1])
-            total += chunks_loss(name, log_q_TV, own, log_p_TU, other, student_of_U, len(common))
-            count += len(common)
+        for own, other, text in zip(sides[0][1], sides[1][1], spelled[0], strict=True):
+            log_q, log_p = (
+                log_probs(job.student.model, student, own),
+                log_probs(job.teacher.model, frozen["teacher"], other),
+            )
+            begin = text.index(b": ") + 2
+            starts = [
+                np.cumsum([0, *(len(token_bytes(one)[n]) for n in ids)])[:-1].tolist()
+                for one, ids in ((ours, own), (theirs, other))
+            ]
+            common = sorted(start for start in set(starts[0]) & set(starts[1]) if start >= begin)
+            at = [[each.index(start) for start in common] for each in starts]
+            for k, (i, j) in enumerate(zip(*at, strict=True)):
+                ends = [at[side][k + 1] if k + 1 < len(common) else len(ids) for side, ids in enumerate((own, other))]
+                count += 1
+                if name == "alm":
+                    q = sum(log_q[t - 1, own[t]] for t in range(i, ends[0]))
+                    p = sum(log_p[t - 1, other[t]] for t in range(j, ends[1]))
+                    total += chunk_divergence(q, p, 10.0)
+                elif name == "uld":
+                    total += sorted_distance(log_q[i - 1][None], log_p[j - 1][None])[0]
+                else:
+                    q, p = log_q[i - 1][None], projected(log_p[j - 1][None], student_of_U, log_q.shape[1])
+                    total += (jnp.exp(p) * (p - q)).sum()
         return total / count
 
     got, parts = jax.jit(partial(gradient, job.recipe))(state, *job.given(frozen, batch, trains=True))
