@@ -575,10 +575,12 @@ QUICK = {
 """Benchmark -> further flags of its quick form."""
 
 
-def test_every_benchmark_has_a_quick_form_that_is_tested():
+def test_every_benchmark_is_named_on_the_page_and_has_a_quick_form_that_is_tested():
     commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "COMMAND:" in path.read_text("utf-8")}
     by_themselves = {"loss", "step", "peers", "loss_compiled"}
     assert commands == {*TRIALS, *READ, *QUICK, *by_themselves, "readme"}
+    page = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    assert commands == set(re.findall(r"python -m benchmarks\.(\w+)", page))
 
 
 @pytest.mark.slow
