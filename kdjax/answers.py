@@ -19,10 +19,11 @@ import jax
 
 from kdjax import data
 from kdjax.build import other_tokenizer, tokenizer_of
-from kdjax.config import Config, differences_of
+from kdjax.config import Config
 from kdjax.console import duration
 from kdjax.data import DataConfig, Question
 from kdjax.errors import UserError
+from kdjax.fields import differences_of
 from kdjax.generate import check_prompts, generate, settled
 from kdjax.metrics import write_json
 from kdjax.named import Named, models

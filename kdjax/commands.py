@@ -95,8 +95,9 @@ def run_label(options: argparse.Namespace, flags: list[str]) -> None:
     import jax
 
     from kdjax.config import Config
+    from kdjax.data.cache import inspected
     from kdjax.distributed import Launch, join
-    from kdjax.label import CONFIG, inspected, label
+    from kdjax.label import CONFIG, label
 
     config, _ = _configured(options, flags, Config)
     if options.out is None:
@@ -113,7 +114,8 @@ def run_label(options: argparse.Namespace, flags: list[str]) -> None:
 
 def run_cache(options: argparse.Namespace, flags: list[str]) -> int:
     """Say what a cache holds, whether it is whole, and whether the teacher says the same today."""
-    from kdjax.label import inspected, verified
+    from kdjax.data.cache import inspected
+    from kdjax.label import verified
 
     found = inspected(options.directory)
     if options.verify and not found["damaged"]:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from kdjax import __version__
 from kdjax.answers import answered
 from kdjax.build import build
-from kdjax.config import Config, differences_of, load
+from kdjax.config import Config, load
 from kdjax.console import duration
 from kdjax.data.cache import (
     MANIFEST,
@@ -37,14 +37,14 @@ from kdjax.data.packing import SAID, Row, to_batch
 from kdjax.data.shards import local_rows
 from kdjax.data.signals import Settings, error, packed
 from kdjax.errors import UserError
+from kdjax.fields import differences_of
 from kdjax.job import Job
-from kdjax.labelled import settings_of, temperature_of
+from kdjax.labelled import check, wanted_of
 from kdjax.lock import lock_run
-from kdjax.losses.chunk import check_terms
 from kdjax.metrics import write_json
-from kdjax.remote import PICKS, Wanted, asking
-from kdjax.shapes import Batch, Sampled, TopK
-from kdjax.teacher import LabelConfig, Saying, speaking
+from kdjax.remote import Wanted, asking
+from kdjax.shapes import Batch
+from kdjax.teacher import Saying, speaking
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,6 @@ Speak = Callable[[list[Row], Batch, int], Callable[[], Sequence[Mapping[str, np.
 """Of a batch, as rows and as `to_batch` makes it, and its number in the split: begins to ask, and what comes back waits
 for what the teacher says of each row."""
 CONFIG = "config.json"
-HELD_OUT = LabelConfig(kind="hidden", bits=16)
-"""Of held-out rows the hidden states are kept whatever the kind, so that evaluation is against the whole teacher; a
-server has none to give, and they are kept as the others are."""
 
 
 class Part(NamedTuple):
@@ -85,11 +82,11 @@ def label(config: Config, directory: Path) -> Manifest:
         OSError: a shard cannot be written; what is there stays valid, and labelling goes on from there.
     """
     config = replace(config, cache="")
-    _check(config)
+    check(config)
     directory.mkdir(parents=True, exist_ok=True)
     with lock_run(directory):
         job = build(config, answered(config, directory))
-        wanted = _wanted(job)
+        wanted = wanted_of(job)
         part = _part(job)
         finished = directory / MANIFEST
         if finished.exists():
@@ -114,71 +111,11 @@ def label(config: Config, directory: Path) -> Manifest:
     return open_cache(directory).manifest
 
 
-def _check(config: Config) -> None:
-    """Check what needs no model."""
-    if config.teacher is None and not config.teacher_server.source:
-        raise UserError("there is nothing to label: the config has no teacher; name one")
-    if config.co_teachers:
-        raise UserError("a cache is of one teacher, but co_teachers is set; label each alone")
-    if config.mesh.placement == "pmap" or config.teacher_mesh.devices:
-        raise UserError(
-            "labelling runs the teacher alone, placed by jit; set mesh.placement to jit and teacher_mesh.devices to 0"
-        )
-    if config.data.teacher_tokenizer:
-        raise UserError("a cache is of the student's tokens, but data.teacher_tokenizer is set; leave it out")
-    if not config.objective.logits:
-        raise UserError("objective.logits is False, so that nothing of what is labelled would be read; set it to True")
-    if config.teacher_server.source:
-        _check_served(config)
-    kinds = {"topk": TopK, "sampled": Sampled}
-    if kind := kinds.get(config.label.kind):
-        check_terms(config.objective, kind, temperature_of(config), {})
-
-
-def _check_served(config: Config) -> None:
-    """Check that what a server tells is all that is wanted of it."""
-    name, told = config.teacher_server.name, "tells log-probabilities of the likeliest entries, at temperature 1"
-    if config.label.kind != "topk":
-        raise UserError(f"label.kind is {config.label.kind!r}, but {name} {told}; set it to topk")
-    if (temperature := temperature_of(config)) != 1:
-        raise UserError(f"the objective compares at temperature {temperature:g}, but {name} {told}; set it to 1")
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes were started, but one asks {name}; label with one")
-
-
 def _part(job: Job) -> Part:
     """Return this process's part: of processes that read the same rows, the first writes."""
     index, count = job.place.reading
     all_of = multihost_utils.process_allgather(np.int32(index)) if jax.process_count() > 1 else np.array([index])
     return Part(index, count, int(np.argmax(np.ravel(all_of) == index)) == jax.process_index())
-
-
-def _wanted(job: Job) -> dict[str, Any]:
-    """Return all that decides a cache's bytes, as JSON gives it back."""
-    config = job.config
-    whole: dict[str, Any] = {
-        "settings": settings_of(config, job.tokenizer, job.teacher),
-        "order": job.data.identity,
-        "kept": kept_of(config),
-        "batch_size": config.batch_size,
-        "batches": config.label.batches or config.steps,
-        "shard_batches": max(1, config.label.shard_rows // config.batch_size),
-        "draws": config.label.seed,
-        "parts": job.place.reading[1],
-    }
-    return json.loads(json.dumps(whole))
-
-
-def kept_of(config: Config) -> dict[str, dict[str, Any]]:
-    """Return of each split what is kept, and how."""
-    temperature = 1.0 if config.label.kind == "hidden" else temperature_of(config)
-    found = {"train": (config.label, temperature), "held_out": (HELD_OUT, 1.0)}
-    if config.teacher_server.source:
-        found = dict.fromkeys(found, (replace(config.label, picks=config.label.picks or PICKS), temperature))
-    return {
-        split: {"kind": how.kind, "picks": how.entries, "bits": how.kept_bits, "temperature": at}
-        for split, (how, at) in found.items()
-    }
 
 
 def _otherwise(directory: Path, different: list[str]) -> str:
@@ -352,26 +289,6 @@ def _finish(job: Job, directory: Path, wanted: dict[str, Any], part: Part) -> No
     write_json(directory / CONFIG, asdict(job.config))
 
 
-def inspected(directory: Path) -> dict[str, Any]:
-    """Return what a cache holds: its manifest without the shards, how full its rows are, and which shards are damaged.
-
-    Raises:
-        UserError: as `open_cache` does.
-    """
-    cache = of_manifest(directory)
-    manifest, rows = cache.manifest, cache.count("train")
-    length, shards = manifest["row_tokens"], manifest["shards"]
-    shown = {name: value for name, value in manifest.items() if name != "shards"}
-    return shown | {
-        "rows": rows,
-        "held_out_rows": cache.count("held_out"),
-        "fill": manifest["tokens"] / max(rows * length, 1),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "files": len(shards),
-        "damaged": damaged(cache),
-    }
-
-
 def verified(directory: Path, batches: int) -> dict[str, Any]:
     """Return how far what a cache says of its first batches is from what the teacher says today.
 
@@ -380,9 +297,9 @@ def verified(directory: Path, batches: int) -> dict[str, Any]:
     """
     cache, config = open_cache(directory), load(str(directory / CONFIG))
     job = build(config, answered(config, directory))
-    if different := differences_of(cache.manifest["settings"], _wanted(job)["settings"]):
+    if different := differences_of(cache.manifest["settings"], wanted_of(job)["settings"]):
         raise UserError(f"{directory}: the cache's -> today's: {'; '.join(different[:4])}")
-    wanted, worst, others = _wanted(job), 0.0, 0
+    wanted, worst, others = wanted_of(job), 0.0, 0
     kind, settings = cache.settings("train")
     some = list(islice(job.data.rows(), min(batches, wanted["batches"])))
     with _speaker(job, wanted["kept"]["train"]) as speak:

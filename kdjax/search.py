@@ -16,6 +16,7 @@ import numpy as np
 from kdjax import config as configs
 from kdjax.environment import describe
 from kdjax.errors import UserError
+from kdjax.fields import differences
 from kdjax.jobs import read_prompts
 from kdjax.lock import lock_run
 from kdjax.metrics import write_json
@@ -101,7 +102,7 @@ def claim(config: Any, directory: Path, free: Sequence[str] = ()) -> None:
     saved = directory / "config.json"
     if saved.exists():
         found = configs.load(str(saved), type(config))
-        different = configs.differences(replace(found, **{name: getattr(config, name) for name in free}), config)
+        different = differences(replace(found, **{name: getattr(config, name) for name in free}), config)
         if different:
             raise UserError(
                 f"{directory} holds a job whose config differs ({'; '.join(different[:5])}); choose another "

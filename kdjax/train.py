@@ -24,6 +24,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate
+from kdjax.fields import differences, to_json
 from kdjax.job import Job
 from kdjax.lock import lock_run
 from kdjax.metrics import METRICS, Throughput, Writer, open_writers, read, write_json
@@ -151,7 +152,7 @@ def check_same_run(config: Config, directory: Path) -> None:
         return
     if not manifest.step_numbers(directory / "checkpoints"):
         return  # nothing can be lost, so it starts anew, as the config may have been wrong
-    different = configs.differences(configs.load(str(saved)), config)
+    different = differences(configs.load(str(saved)), config)
     if different:
         raise UserError(
             f"{directory} holds a run whose config differs ({'; '.join(different[:5])}); go on with "
@@ -350,7 +351,7 @@ def _save(run: Run) -> None:
         run.step,
         run.state,
         run.data_state or {},
-        configs.to_json(config),
+        to_json(config),
         look.get("kl", look.get("ce", look.get("features"))),
     )
     run.saved = run.step

@@ -30,6 +30,7 @@ FLOORS = (
             "metrics",
             "console",
             "environment",
+            "fields",
             "cache",
             "distributed",
             "profile",

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import arms
-from kdjax import config as configs
 from kdjax.data.python_docs import questions
+from kdjax.fields import to_json
 
 OWN = {
     "objective": ("forward KL", "reverse KL", "JSD", "hard top-1", "the teacher's text alone"),
@@ -27,7 +27,7 @@ def test_an_arm_differs_in_what_it_names_alone(part, name, tmp_path):
 
 def test_arms_are_all_different(tmp_path):
     names = [name for names in OWN.values() for name in names if arms.ARMS[name].trains]
-    made = [configs.to_json(arms.ARMS[name].of(arms.base(), tmp_path)) for name in names]
+    made = [to_json(arms.ARMS[name].of(arms.base(), tmp_path)) for name in names]
     assert len(set(made)) == len(made)
 
 

@@ -1,7 +1,6 @@
 """A recipe, its flags and a config.json give the same config, or one line that says what is wrong."""
 
 import dataclasses
-import json
 
 import pytest
 import tiny_run
@@ -10,6 +9,7 @@ from kdjax import config as configs
 from kdjax.config import Config
 from kdjax.data.chat import render
 from kdjax.errors import UserError
+from kdjax.fields import from_json, to_json
 from kdjax.models import ModelSpec
 
 
@@ -25,66 +25,6 @@ def config(recipe):
 
 def flagged(config, *flags):
     return configs.override(config, flags, "kdjax train tiny.py")
-
-
-def edited(config, path, value):
-    """The config as JSON with the value at a dotted path replaced."""
-    tree = json.loads(configs.to_json(config))
-    *parents, last = path.split(".")
-    node = tree
-    for parent in parents:
-        node = node[parent]
-    node[last] = value
-    return json.dumps(tree)
-
-
-def test_json_round_trips(config):
-    assert configs.from_json(configs.to_json(config)) == config
-    assert configs.from_json(configs.to_json(Config())) == Config()
-    hash(configs.from_json(configs.to_json(config)))
-
-
-def test_a_field_that_json_lacks_has_its_default():
-    assert configs.from_json('{"steps": 7, "optim": {"b2": 1}}').optim.b2 == 1.0
-    assert configs.from_json("{}") == Config()
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "said"),
-    [
-        ("stepz", 3, "unknown field 'stepz'; did you mean 'steps'?"),
-        ("optim.learning_rat", 3, "unknown field 'optim.learning_rat'; did you mean 'learning_rate'?"),
-        ("steps", "3", "steps is '3'; wanted a whole number"),
-        ("steps", 3.5, "steps is 3.5; wanted a whole number"),
-        ("steps", True, "steps is True; wanted a whole number"),
-        ("steps", None, "steps is None; wanted a whole number"),
-        ("steps", 0, "steps is 0; wanted at least 1"),
-        ("prompt_tokens", 0, "prompt_tokens is 0; wanted at least 1"),
-        ("seed", 2**32, r"seed is 4294967296; wanted below 2\*\*32"),
-        ("optim.learning_rate", "1e-3", "optim.learning_rate is '1e-3'; wanted a number"),
-        ("optim.name", "adam", "optim.name is 'adam'; wanted one of adamw, adafactor, lion, muon"),
-        ("checkpoint.keep_best", 1, "checkpoint.keep_best is 1; wanted true or false"),
-        ("data.sources", "python_docs", "data.sources is 'python_docs'; wanted a list"),
-        ("student.keep_layers", [0, "1"], "student.keep_layers is '1'; wanted a whole number"),
-        ("teacher", 3, "teacher is 3; wanted an object"),
-        ("optim", None, "optim is None; wanted an object"),
-        ("student.source", "teacher", None),
-        ("teacher", None, None),
-    ],
-)
-def test_json_is_checked_field_by_field(config, path, value, said):
-    text = edited(config, path, value)
-    if said is None:
-        assert configs.from_json(text) != config
-        return
-    with pytest.raises(UserError, match=said):
-        configs.from_json(text)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
-def test_what_is_no_config_is_refused(text):
-    with pytest.raises(UserError, match="is not JSON|wanted an object"):
-        configs.from_json(text)
 
 
 def test_a_student_cut_from_no_teacher_is_refused():
@@ -170,7 +110,7 @@ def test_a_recipe_may_use_lists_and_paths(tmp_path, config):
 
 
 def test_a_run_directory_is_read_by_its_config(tmp_path, config):
-    (tmp_path / "config.json").write_text(configs.to_json(config))
+    (tmp_path / "config.json").write_text(to_json(config))
     assert configs.load(str(tmp_path)) == config
     assert configs.load(str(tmp_path / "config.json")) == config
 
@@ -192,19 +132,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
         configs.load(str(tmp_path))
 
 
-def test_differences_name_fields(config):
-    other = dataclasses.replace(config, steps=5, teacher=None)
-    lines = configs.differences(config, other)
-    assert "steps: 4 -> 5" in lines
-    assert any(line.startswith("teacher.source") for line in lines)
-    assert configs.differences(config, config) == []
-
-
 def test_a_prompt_file_becomes_views_that_need_no_file(config, tmp_path):
     prompt = 'Say "Ahoy"!\n{{ not }} {% a template %} \\ é'
     (tmp_path / "mine.txt").write_text(f"\n{prompt}\n", "utf-8")
     got = configs.with_prompt(dataclasses.replace(config, prompt_file=str(tmp_path / "mine.txt")))
-    assert got.prompt_file == "" and configs.from_json(configs.to_json(got)) == got
+    assert got.prompt_file == "" and from_json(to_json(got), Config) == got
     shown = []
     for view in (got.data.student_view, got.data.teacher_view):
         render(view, {"chat": shown.append, "prompt": "What?"}, strict=True)

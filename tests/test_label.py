@@ -24,11 +24,11 @@ from kdjax.answers import answered
 from kdjax.build import build
 from kdjax.cli import main
 from kdjax.data import cached, open_cache
-from kdjax.data.cache import of_record, record
+from kdjax.data.cache import inspected, of_record, record
 from kdjax.data.packing import SAID
 from kdjax.data.signals import packed
 from kdjax.errors import UserError
-from kdjax.label import inspected, label, verified
+from kdjax.label import label, verified
 from kdjax.losses import ObjectiveConfig
 from kdjax.metrics import read
 from kdjax.step import gradient

@@ -10,6 +10,8 @@ import jax
 import pytest
 
 from kdjax import config as configs
+from kdjax.config import Config
+from kdjax.fields import from_json, to_json
 from kdjax.models import LazyTensor, Model, ModelFile
 from kdjax.models.known import known_architecture
 from kdjax.pipeline import PipelineConfig
@@ -75,13 +77,13 @@ def test_a_recipe_of_another_command_says_what_it_is_and_round_trips(name):
     path = ROOT / "configs" / f"{name}.py"
     check_head(path, command)
     config = configs.load(str(path), kind)
-    assert configs.from_json(configs.to_json(config), kind=kind) == config and config.name == name
+    assert from_json(to_json(config), kind) == config and config.name == name
 
 
 def test_its_json_round_trips(recipe):
     config = configs.load(str(recipe))
-    assert configs.from_json(configs.to_json(config)) == config
-    assert json.loads(configs.to_json(config))["name"] == config.name == recipe.stem
+    assert from_json(to_json(config), Config) == config
+    assert json.loads(to_json(config))["name"] == config.name == recipe.stem
 
 
 def test_its_step_fits_together(recipe):

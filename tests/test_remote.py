@@ -18,12 +18,13 @@ from kdjax import server as client
 from kdjax.answers import ANSWERS, PROGRESS, write_answers
 from kdjax.build import build
 from kdjax.cli import main
-from kdjax.config import to_json
 from kdjax.data import open_cache
+from kdjax.data.cache import inspected
 from kdjax.data.packing import SAID
 from kdjax.errors import UserError
+from kdjax.fields import to_json
 from kdjax.jobs import evaluate_run
-from kdjax.label import inspected, label, verified
+from kdjax.label import label, verified
 from kdjax.losses import ObjectiveConfig
 from kdjax.models import ModelSpec
 from kdjax.plan.abstract import abstract_job

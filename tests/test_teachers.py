@@ -14,6 +14,7 @@ from kdjax import config as configs
 from kdjax.build import build
 from kdjax.cli import main
 from kdjax.errors import UserError
+from kdjax.fields import to_json
 from kdjax.losses import ObjectiveConfig
 from kdjax.models import Model, ModelSpec
 from kdjax.sharding import MeshConfig
@@ -174,7 +175,7 @@ def test_another_vocabulary_is_refused_and_so_are_labels_and_plans(several, tmp_
     refused(replace(several, co_teachers=(odd,)), "student's vocabulary has 264 but the teacher's 300 entries")
     refused(replace(several, teacher_sources=(5,)), "a teacher's sources are .5., but data.sources has 2")
     recipe = tmp_path / "config.json"
-    recipe.write_text(configs.to_json(several))
+    recipe.write_text(to_json(several))
     assert main(["label", str(recipe), str(tmp_path / "cache")]) == 2
     assert "a cache is of one teacher" in capsys.readouterr().err
     assert main(["plan", str(recipe), "--topology", "cpu:8"]) == 2

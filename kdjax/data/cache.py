@@ -213,6 +213,26 @@ def damaged(cache: Cache) -> list[str]:
     return [shard["name"] for shard in cache.manifest["shards"] if is_damaged(shard)]
 
 
+def inspected(directory: Path) -> dict[str, Any]:
+    """Return what a cache holds: its manifest without the shards, how full its rows are, and which shards are damaged.
+
+    Raises:
+        UserError: as `open_cache` does.
+    """
+    cache = of_manifest(directory)
+    manifest, rows = cache.manifest, cache.count("train")
+    length, shards = manifest["row_tokens"], manifest["shards"]
+    shown = {name: value for name, value in manifest.items() if name != "shards"}
+    return shown | {
+        "rows": rows,
+        "held_out_rows": cache.count("held_out"),
+        "fill": manifest["tokens"] / max(rows * length, 1),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "files": len(shards),
+        "damaged": damaged(cache),
+    }
+
+
 @dataclass(frozen=True)
 class _Rows:
     """The rows of training, epoch after epoch, as grain wants a source: the first in order, the others shuffled."""

@@ -8,8 +8,9 @@ import sys
 
 import jax
 
-from kdjax import config as configs
+from kdjax.config import Config
 from kdjax.errors import UserError
+from kdjax.fields import from_json
 from kdjax.plan.chips import machine
 from kdjax.plan.measure import measure, sweep
 
@@ -23,7 +24,7 @@ def main() -> None:
     wanted = machine(request["topology"])
     jax.config.update("jax_num_cpu_devices", wanted.device_count)
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for no device cannot be read back
-    config = configs.from_json(json.dumps(request["config"]))
+    config = from_json(json.dumps(request["config"]), Config)
     try:
         if request["sweep"]:
             found = sweep(config, wanted, request["price"], request["sweep"])

@@ -12,7 +12,9 @@ from tiny_run import home, rows  # noqa: F401 (home is a fixture)
 from kdjax import config as configs
 from kdjax.build import build
 from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config
 from kdjax.errors import UserError
+from kdjax.fields import differences, from_json, to_json
 from kdjax.losses import FEATURES, Feature, ObjectiveConfig
 from kdjax.losses.features import (
     Sizes,
@@ -312,13 +314,11 @@ def config(home):  # noqa: F811
 
 
 def test_a_config_with_features_is_saved_read_and_changed_by_flags(config):
-    assert configs.from_json(configs.to_json(config)) == config
+    assert from_json(to_json(config), Config) == config
     flags = ["--objective.features.0.weight", "2", "--objective.features.1.layers", "0", "1", "1", "2"]
     changed = configs.override(config, flags, "kdjax train tiny.py").objective.features
     assert (changed[0].weight, changed[1].layers) == (2.0, ((0, 1), (1, 2)))
-    assert configs.differences(config, configs.override(config, flags[:2], "")) == [
-        "objective.features.0.weight: 5.0 -> 2.0"
-    ]
+    assert differences(config, configs.override(config, flags[:2], "")) == ["objective.features.0.weight: 5.0 -> 2.0"]
     assert configs.override(replace(config, objective=ObjectiveConfig()), [], "").objective.features == ()
     with pytest.raises(UserError, match="unknown flag .*; did you mean --objective.features.0.weight"):
         configs.override(config, ["--objective.features.0.wieght", "2"], "")
@@ -353,7 +353,7 @@ def test_a_saved_state_goes_on_bit_for_bit(config, tmp_path):
     first, second = (job.place.put_batch(next(batches)[0]) for _ in range(2))
     state, _ = job.step(job.start(), frozen, first)
     with Checkpoints(tmp_path / "checkpoints", config.checkpoint) as checkpoints:
-        checkpoints.save(1, state, {}, configs.to_json(config))
+        checkpoints.save(1, state, {}, to_json(config))
         checkpoints.wait()
         restored = checkpoints.restore(job.abstract_state).state
     ends = [job.step(each, frozen, second) for each in (state, restored)]

@@ -21,6 +21,7 @@ from kdjax import search as job
 from kdjax.cli import main
 from kdjax.data.chat import render
 from kdjax.errors import UserError
+from kdjax.fields import from_json, to_json
 from kdjax.prompts.bench import PRIOR
 from kdjax.prompts.config import PromptsConfig, SpeakerConfig
 from kdjax.prompts.speaker import Said, Weighed
@@ -238,7 +239,7 @@ def test_configs_are_checked():
         with pytest.raises(UserError, match=said):
             PromptsConfig(**wrong)
     config = PromptsConfig(**known, labels=("a", "b"))
-    assert configs.from_json(configs.to_json(config), kind=PromptsConfig) == config
+    assert from_json(to_json(config), PromptsConfig) == config
     changed = configs.override(config, ["--scorer.batch-size", "3", "--labels", "c", "d", "--no-calibrated"], "kdjax")
     assert (changed.scorer.batch_size, changed.labels, changed.calibrated) == (3, ("c", "d"), False)
     with pytest.raises(UserError, match="unknown flag --scorer.bach-size; did you mean --scorer.batch-size"):
