@@ -252,7 +252,7 @@ def picture(rows: Sequence[harness.Row]) -> Figure:
         right.plot(*zip(*points, strict=True), style, label=name) if points else None
     right.plot(prompt_places(found), 100, "*", ms=12, label="prompt")
     right.set_xscale("symlog", linthresh=4)
-    right.set(title="Recovered, %, by places a request keeps", xlabel="places before the question", xlim=(-0.5, 300))
+    right.set(title="Recovered, %, by places kept", xlabel="places before the question", xlim=(-0.5, 300))
     right.set_ylim(-60, 105)  # the legend stands below all points
     right.set_xticks([0, 4, 16, 64, 200], ["0", "4", "16", "64", "200"])
     right.legend(frameon=False, fontsize="small", loc="lower right")
