@@ -297,9 +297,9 @@ def verified(directory: Path, batches: int) -> dict[str, Any]:
     """
     cache, config = open_cache(directory), load(str(directory / CONFIG))
     job = build(config, answered(config, directory))
-    if different := differences_of(cache.manifest["settings"], wanted_of(job)["settings"]):
-        raise UserError(f"{directory}: the cache's -> today's: {'; '.join(different[:4])}")
     wanted, worst, others = wanted_of(job), 0.0, 0
+    if different := differences_of(cache.manifest["settings"], wanted["settings"]):
+        raise UserError(f"{directory}: the cache's -> today's: {'; '.join(different[:4])}")
     kind, settings = cache.settings("train")
     some = list(islice(job.data.rows(), min(batches, wanted["batches"])))
     with _speaker(job, wanted["kept"]["train"]) as speak:

@@ -30,7 +30,7 @@ HELD_OUT = LabelConfig(kind="hidden", bits=16)
 server has none to give, and they are kept as the others are."""
 
 
-def temperature_of(config: Config) -> float:
+def _temperature_of(config: Config) -> float:
     """Return the one temperature at which a config compares logits.
 
     Raises:
@@ -67,7 +67,7 @@ def check(config: Config) -> None:
         _check_served(config)
     kinds = {"topk": TopK, "sampled": Sampled}
     if kind := kinds.get(config.label.kind):
-        check_terms(config.objective, kind, temperature_of(config), {})
+        check_terms(config.objective, kind, _temperature_of(config), {})
 
 
 def _check_served(config: Config) -> None:
@@ -75,13 +75,13 @@ def _check_served(config: Config) -> None:
     name, told = config.teacher_server.name, "tells log-probabilities of the likeliest entries, at temperature 1"
     if config.label.kind != "topk":
         raise UserError(f"label.kind is {config.label.kind!r}, but {name} {told}; set it to topk")
-    if (temperature := temperature_of(config)) != 1:
+    if (temperature := _temperature_of(config)) != 1:
         raise UserError(f"the objective compares at temperature {temperature:g}, but {name} {told}; set it to 1")
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes were started, but one asks {name}; label with one")
 
 
-def settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> dict[str, Any]:
+def _settings_of(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> dict[str, Any]:
     """Return what decides what a cache says, as JSON gives it back; without a teacher, of its server."""
     whole = asdict(config)
     shown = {name: value for name, value in whole["data"].items() if name not in FREE}
@@ -115,7 +115,7 @@ def wanted_of(job: Job) -> dict[str, Any]:
     """Return all that decides a cache's bytes, as JSON gives it back."""
     config = job.config
     whole: dict[str, Any] = {
-        "settings": settings_of(config, job.tokenizer, job.teacher),
+        "settings": _settings_of(config, job.tokenizer, job.teacher),
         "order": job.data.identity,
         "kept": _kept_of(config),
         "batch_size": config.batch_size,
@@ -129,7 +129,7 @@ def wanted_of(job: Job) -> dict[str, Any]:
 
 def _kept_of(config: Config) -> dict[str, dict[str, Any]]:
     """Return of each split what is kept, and how."""
-    temperature = 1.0 if config.label.kind == "hidden" else temperature_of(config)
+    temperature = 1.0 if config.label.kind == "hidden" else _temperature_of(config)
     found = {"train": (config.label, temperature), "held_out": (HELD_OUT, 1.0)}
     if config.teacher_server.source:
         found = dict.fromkeys(found, (replace(config.label, picks=config.label.picks or PICKS), temperature))
@@ -147,14 +147,14 @@ def opened(config: Config, tokenizer: data.Tokenizer, teacher: Named | None) -> 
     """
     cache = data.open_cache(Path(config.cache))
     manifest = cache.manifest
-    different = differences_of(manifest["settings"], settings_of(config, tokenizer, teacher))
+    different = differences_of(manifest["settings"], _settings_of(config, tokenizer, teacher))
     if different:
         raise UserError(
             f"{config.cache} is not of this run: the cache's -> the run's: {'; '.join(different[:4])}; change the "
             "config back, or label anew"
         )
     told = manifest["kept"]["train"]
-    if told["kind"] != "hidden" and (wanted := temperature_of(config)) != told["temperature"]:
+    if told["kind"] != "hidden" and (wanted := _temperature_of(config)) != told["temperature"]:
         raise UserError(
             f"{config.cache} holds what the teacher says at temperature {told['temperature']:g}, which cannot be "
             f"re-tempered, but objective.temperature is {wanted:g}; use {told['temperature']:g}, or label anew"
