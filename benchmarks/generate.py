@@ -194,8 +194,8 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             *lines,
             "",
             f"Medians of {rows[0]['rounds']} interleaved rounds, float32, prompts of {PROMPT} tokens, {LONG - SHORT} "
-            f"timed ones; {bandwidth / 1e9:.1f} GB/s read; {here.get('cpu_model', here['device'])}, "
-            f"{here['cpu_cores']} cores; {versions}; commit {here['commit']}.",
+            f"timed ones; {bandwidth / 1e9:.1f} GB/s read; {harness.machine(here)}; "
+            f"{versions}; commit {here['commit']}.",
         ]
     )
 

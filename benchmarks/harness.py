@@ -12,6 +12,7 @@ import ctypes
 import gc
 import hashlib
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -227,8 +228,13 @@ class Progress:
 
 
 def environment() -> Row:
-    """Return device, versions and commit; `dirty` is a hash of what differs from the commit, False if nothing does."""
+    """Return device, load, versions and commit; `dirty` is a hash of what differs from the commit, False if nothing.
+
+    The load is that of the minute before: processes that wanted a core, in the mean.
+    """
     found: Row = describe()
+    if hasattr(os, "getloadavg"):
+        found["load"] = round(os.getloadavg()[0], 2)
     if found["platform"] == "cpu":
         found["cpu_model"] = _cpu_model()
     if "commit" in found:
@@ -242,8 +248,17 @@ def environment() -> Row:
 
 def measured_on(environment: Row) -> str:
     """Return on what a row was measured, for below its table."""
-    here, commit = environment, environment.get("commit")
-    return f"{here['device']} ({here['platform']}); python {here['python']}, jax {here['jax']}; commit {commit}"
+    here = environment
+    return f"{machine(here)}; python {here['python']}, jax {here['jax']}; commit {here.get('commit')}"
+
+
+def machine(environment: Row) -> str:
+    """Return the device's name and how many of it there were, or how many cores of a CPU were used."""
+    here = environment
+    if here["platform"] != "cpu":
+        return f"{here.get('devices', 1)} × {here['device']} ({here['platform']})"
+    cores = here.get("cpu_cores", 1)
+    return f"{here.get('cpu_model') or here['device']} (cpu, {cores} core{'s' * (cores != 1)})"
 
 
 def _cpu_model() -> str | None:

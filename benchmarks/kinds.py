@@ -148,9 +148,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
         lines += ["", f"The correlation is over {row['pairs']:,} pairs of {row['texts']} held-out texts."]
     here = rows[-1]["environment"]
     versions = ", ".join(f"{name} {here[name]}" for name in ("python", "jax", "flax"))
-    return "\n".join(
-        [*lines, f"Mean (range) over seeds; measured on {here['device']} ({here['platform']}); {versions}."]
-    )
+    return "\n".join([*lines, f"Mean (range) over seeds; measured on {harness.machine(here)}; {versions}."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

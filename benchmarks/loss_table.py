@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
 from benchmarks.loss_peers import PEERS
 
 Row = dict[str, Any]
@@ -100,21 +101,13 @@ def newest(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def device_of(row: Row) -> str:
-    """Return what a row was measured on, in words."""
-    here = row["environment"]
-    return (
-        f"{here.get('cpu_model') or here['device']} ({here['devices']} {here['platform']}, {here['cpu_cores']} cores)"
-    )
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Return all that was measured: a section for each device, a table for each case, and one of accuracy."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.loss` writes the figures that stand here."
     cases, lines = newest(rows), []
-    for device in dict.fromkeys(device_of(case[0]) for case in cases):
-        mine = [case for case in cases if device_of(case[0]) == device]
+    for device in dict.fromkeys(harness.machine(case[0]["environment"]) for case in cases):
+        mine = [case for case in cases if harness.machine(case[0]["environment"]) == device]
         lines += [f"Measured on {device}; {_versions(mine)}.", ""]
         speed, many = _split(case for case in mine if case[0]["kind"] == "speed")
         for case in speed:

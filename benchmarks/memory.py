@@ -94,7 +94,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             *lines,
             "",
             f"The quickstart's models and batch (4 × 256 tokens); KL on its held-out text, SHA-256 "
-            f"`{teachers[-1]['held_out_sha256'][:16]}`. {here['device']} ({here['platform']}); "
+            f"`{teachers[-1]['held_out_sha256'][:16]}`. {harness.machine(here)}; "
             f"python {here['python']}, jax {here['jax']}, optax {here['optax']}; commit {here.get('commit')}.",
         ]
     )

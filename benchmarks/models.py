@@ -202,7 +202,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     here = rows[-1]["environment"]
     names = ("python", "jax", "flax", "torch", "transformers")
     versions = ", ".join(f"{name} {here[name]}" for name in names if here.get(name))
-    return "\n".join([*lines, "", f"Measured on {here['device']} ({here['platform']}); {versions}."])
+    return "\n".join([*lines, "", f"Measured on {harness.machine(here)}; {versions}."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -116,8 +116,7 @@ def markdown(rows: Sequence[harness.Row]) -> str:
             "Mean over seeds of the order of the data and the adapters; in brackets the lowest and highest end of "
             f"their 95 % bootstrap intervals over {first['recovered_prompts']} prompts. {first['steps']} steps; "
             f"a request is {first['saved']['prompt_tokens']:,.0f} tokens shorter. Seconds of the recipe's "
-            f"runs, their answers not counted: {seconds}. {here['device']} ({here['platform']}, {here['cpu_cores']} "
-            f"core(s)); {versions}.",
+            f"runs, their answers not counted: {seconds}. {harness.machine(here)}; {versions}.",
         ]
     )
 

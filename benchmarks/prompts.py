@@ -197,8 +197,7 @@ def measured_on(rows: Sequence[harness.Row]) -> str:
         "examples' own tokens need once the prompt's keys and values are known: 2 operations a token and parameter of "
         "the layers' matrices, 4 · layers · heads · head width a pair of tokens, at the rate of a plain product of "
         f"matrices in the same rounds ({amount(rate / 1e9)} GFLOP/s in the table's median). "
-        f"{here.get('cpu_model') or here['device']} ({here['platform']}, cores used: {here['cpu_cores']}); "
-        f"jax {here['jax']}; commit {here.get('commit')}."
+        f"{harness.machine(here)}; jax {here['jax']}; commit {here.get('commit')}."
     )
 
 

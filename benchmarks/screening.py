@@ -170,7 +170,9 @@ def markdown(rows: Sequence[harness.Row]) -> str:
     if len(lines) == 2:
         return "Not measured yet: `python -m benchmarks.screening` writes the figures that stand here."
     here = rows[-1]["environment"]
-    about = f"{MODEL}; {len(rows[0]['plain'])} test examples; {here['device']}; commit {here.get('commit', '?')}."
+    about = (
+        f"{MODEL}; {len(rows[0]['plain'])} test examples; {harness.machine(here)}; commit {here.get('commit', '?')}."
+    )
     short = f" Not measured whole yet: {'; '.join(absent)}." if absent else ""
     return "\n".join([*lines, "", f"{about}{short}"])
 

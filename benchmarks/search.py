@@ -56,8 +56,8 @@ def _table(recipe: str, found: harness.Row | None) -> str:
         f"{amount(found['gap'])}.{corpus}",
         "",
         f"The search took {spent['select']:,} evaluations of {tokens['select']:,} tokens, selecting examples alone "
-        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; {found['seconds']:.0f} s; {environment['device']}, "
-        f"{environment['cpu_cores']} CPU core(s); jax {environment['jax']}; commit {environment.get('commit', '?')}.",
+        f"{spent['few_shot']:,} of {tokens['few_shot']:,}; {found['seconds']:.0f} s; "
+        f"{harness.machine(environment)}; jax {environment['jax']}; commit {environment.get('commit', '?')}.",
     ]
     return "\n".join(lines)
 

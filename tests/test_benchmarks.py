@@ -342,6 +342,14 @@ def test_sources_are_told_apart_by_commit_and_changes():
     here = harness.environment()
     assert harness.same_sources({"environment": here}, here)
     assert not harness.same_sources({"environment": here | {"dirty": "f00d"}}, here)
+    assert harness.same_sources({"environment": here | {"load": here["load"] + 1}}, here), "the load tells no sources"
+
+
+def test_a_machine_is_named_with_as_much_of_it_as_was_used():
+    cpu = {"device": "x86_64", "platform": "cpu", "devices": 8, "cpu_cores": 1, "cpu_model": "EPYC"}
+    assert harness.machine(cpu) == "EPYC (cpu, 1 core)"
+    assert harness.machine(cpu | {"cpu_model": None, "cpu_cores": 2}) == "x86_64 (cpu, 2 cores)"
+    assert harness.machine({"device": "H200", "platform": "gpu", "devices": 8}) == "8 × H200 (gpu)"
 
 
 def test_when_time_is_over_the_rest_is_skipped_with_a_line(tmp_path, capsys):
@@ -431,7 +439,12 @@ def test_lines_that_compile_are_told_by_the_compiler():
 def test_a_task_is_used_where_its_gain_over_the_better_zero_shot_is_sure_to_be_above_five_points():
     def rows(name, calibrated):
         cases = [(n, draw) for n in screening.SHOTS for draw in range(screening.DRAWS if n else 1)]
-        known = {"task": name, "labels": ["a", "b"], "majority": 0.5, "environment": {"device": "cpu", "jax": "1.2"}}
+        known = {
+            "task": name,
+            "labels": ["a", "b"],
+            "majority": 0.5,
+            "environment": {"device": "cpu", "platform": "cpu", "jax": "1.2"},
+        }
         scores = {"calibrated": [calibrated] * 40}
         return [known | scores | {"shots": n, "draw": draw, "plain": [int(n == 8)] * 40} for n, draw in cases]
 
