@@ -7,18 +7,19 @@ A teacher of bytes is trained first. All students then start from the same rando
 same order; a seed is that of both. Every row is one document, so that no engine has to keep documents apart. Each arm
 is tried at the same three constant learning rates with the first seed, and trained with the other seeds at the one
 that ends with the lowest held-out KL to the teacher. TRL is `GKDTrainer`, off-policy, forward KL at temperature 1, a
-process of its own (benchmarks/engines); what its student is worth is measured as ours is. Rows, each with its curve, go
-to benchmarks/results/quality.jsonl, of which docs/quality.svg is drawn.
+process of its own (benchmarks/engines); what its student is worth is measured as ours is. At last all arms take steps
+in turn: the median's seconds, times a student's steps, are how long it has trained. Rows, each with its curve, go to
+benchmarks/results/quality.jsonl, of which docs/quality.svg is drawn.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,12 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks import harness, peers
+from benchmarks.prompts import said
+from benchmarks.quality_table import FIGURES, best_rate, curves, picture
+from benchmarks.step import Training
 from kdjax.build import build
 from kdjax.config import Config
-from kdjax.console import count, percent
 from kdjax.data import DataConfig
 from kdjax.data.python_docs import documents
 from kdjax.data.tokenizers import load_tokenizer
@@ -50,19 +52,18 @@ TEACHER = ModelConfig(vocab_size=264, width=192, layers=4, heads=6, kv_heads=2, 
 STUDENT = ModelConfig(vocab_size=264, width=96, layers=2, heads=3, kv_heads=1, head_width=32, mlp_width=256)
 LENGTH, ROWS, LOOKS = 256, 8, 8
 RATES = (3e-3, 1e-3, 1e-2)
-FIGURES = ("kl", "perplexity", "agreement", "teacher_perplexity")
-CURVE = ("step", "tokens", "seconds", *FIGURES)
 
 
 class Scale(NamedTuple):
-    """How long everything trains, and at how many of the rates."""
+    """How long everything trains, at how many of the rates, and in how many rounds steps are timed."""
 
     teacher_steps: int = 1500
     steps: int = 400
     rates: int = len(RATES)
+    rounds: int = 40
 
 
-QUICK = Scale(4, 2, 1)
+QUICK = Scale(4, 2, 1, 2)
 
 
 class Arm(NamedTuple):
@@ -143,13 +144,11 @@ def run_of(config: Config, name: str, rate: float, seed: int) -> Config:
 
 
 def of_kdjax(config: Config, home: Path) -> list[list[float]]:
-    """Return the curve of a run, by `CURVE`; its seconds are those of its steps alone, each the median's."""
+    """Return the curve of a run, by `CURVE`."""
     shutil.rmtree(home / "run", ignore_errors=True)
     train(config, home / "run")
-    rows = read(home / "run" / METRICS)
-    each = statistics.median(row["seconds"] for row in rows if "seconds" in row and row["step"] > 1)
-    looks = (row for row in rows if "eval_kl" in row)
-    return [point(row["step"], each, {name: row[f"eval_{name}"] for name in FIGURES}) for row in looks]
+    looks = (row for row in read(home / "run" / METRICS) if "eval_kl" in row)
+    return [point(row["step"], {name: row[f"eval_{name}"] for name in FIGURES}) for row in looks]
 
 
 def of_engine(engine: str, python: str, config: Config) -> list[list[float]]:
@@ -160,29 +159,62 @@ def of_engine(engine: str, python: str, config: Config) -> list[list[float]]:
     """
     job = build(config)
     frozen = job.frozen()
+    with engine_of(engine, python, job, frozen, config.steps) as (running, home):
+        looks = {0: measured(job, frozen, home / "student")}
+        for step in range(1, config.steps + 1):
+            running.step()
+            if step % config.eval_every == 0:
+                running.save(home / str(step))
+                looks[step] = measured(job, frozen, home / str(step))
+    return [point(step, figures) for step, figures in looks.items()]
+
+
+@contextmanager
+def engine_of(engine: str, python: str, job: Job, frozen: Any, steps: int) -> Iterator[tuple[peers.Running, Path]]:
+    """Give another engine, begun on a job's weights and the rows of so many steps, and the directory it works in.
+
+    Raises:
+        NotRunning: the engine is not there, or ended.
+    """
     trees = {"teacher": frozen["teacher"], "student": job.start().params["student"]}
     specs: Any = {"teacher": job.teacher, "student": job.student}
-    sized = replace(config, **{name: ModelSpec(architecture=named.model.config) for name, named in specs.items()})
+    sized = replace(job.config, **{name: ModelSpec(architecture=of.model.config) for name, of in specs.items()})
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        peers.write_problem(sized, home, np.stack(list(islice(rows_of(job), config.steps))), trees)
-        running, looks, seconds = peers.Running(engine, python, home), {0: measured(job, frozen, home / "student")}, []
+        peers.write_problem(sized, home, np.stack(list(islice(rows_of(job), steps))), trees)
+        running = peers.Running(engine, python, home)
         try:
-            for step in range(1, config.steps + 1):
-                running.step()
-                seconds.append(running.told[-1]["seconds"])
-                if step % config.eval_every == 0:
-                    running.save(home / str(step))
-                    looks[step] = measured(job, frozen, home / str(step))
+            yield running, home
         finally:
             running.close()
-    each = statistics.median(seconds[1:])
-    return [point(step, each, figures) for step, figures in looks.items()]
 
 
-def point(step: int, each: float, figures: dict[str, float]) -> list[float]:
-    """Return a point of a curve, by `CURVE`, after steps of so many seconds each."""
-    return [step, step * ROWS * LENGTH, step * each, *(figures[name] for name in FIGURES)]
+def paces(config: Config, arms: Sequence[str], python: str, rounds: int) -> list[harness.Row]:
+    """Return a row of each arm with the seconds of its step; all take their steps in turn.
+
+    Raises:
+        NotRunning: another engine is not there, or ended.
+    """
+    with ExitStack() as stack:
+        steps: dict[str, Callable[[], Any]] = {}
+        for name in arms:
+            job = build(run_of(config, name, RATES[0], 0))
+            frozen, engine = job.frozen(), ARMS[name].engine
+            if engine:
+                steps[name] = stack.enter_context(engine_of(engine, python, job, frozen, 1))[0].step
+            else:
+                batch, _ = next(job.data.train(prefetch=0))
+                steps[name] = Training(job, frozen, batch, job.start()).step
+            for _ in range(peers.WARM):
+                steps[name]()
+        variants = [harness.Variant(name, step, rounds, 1.0, meter=harness.unmetered) for name, step in steps.items()]
+        trials = harness.interleave(variants, least=rounds, on_trial=said)
+    return [{"what": "pace", "arm": name} | harness.summary(found) for name, found in trials.items()]
+
+
+def point(step: int, figures: dict[str, float]) -> list[float]:
+    """Return a point of a curve, by `CURVE`."""
+    return [step, step * ROWS * LENGTH, *(figures[name] for name in FIGURES)]
 
 
 def rows_of(job: Job) -> Iterator[np.ndarray]:
@@ -205,109 +237,14 @@ def measured(job: Job, frozen: Any, directory: Path) -> dict[str, float]:
     return evaluate(lambda batch: job.sums(params, *batch), given)
 
 
-def last(row: harness.Row, name: str) -> float:
-    """Return a figure at the end of a row's curve."""
-    return row["curve"][-1][CURVE.index(name)]
-
-
-def at_seconds(row: harness.Row, seconds: float, name: str = "kl") -> float:
-    """Return a figure after so many seconds of training, between two looks on the straight line between them."""
-    curve = np.array(row["curve"])
-    return float(np.interp(seconds, curve[:, CURVE.index("seconds")], curve[:, CURVE.index(name)]))
-
-
-def best_rate(rows: Sequence[harness.Row], arm: str, rates: int = len(RATES)) -> float | None:
-    """Return the learning rate at which an arm's first seed ends with the lowest KL; None before all are tried."""
-    tried = {row["rate"]: last(row, "kl") for row in rows if row["arm"] == arm and row["seed"] == 0}
-    return min(tried, key=lambda rate: tried[rate]) if len(tried) >= rates else None
-
-
-def chosen(rows: Sequence[harness.Row]) -> dict[str, list[harness.Row]]:
-    """Return of each arm that has tried all rates the rows at its best one, a seed each."""
-    rates = {arm: best_rate(rows, arm) for arm in ARMS}
-    return {
-        arm: sorted((row for row in rows if row["arm"] == arm and row["rate"] == rate), key=lambda row: row["seed"])
-        for arm, rate in rates.items()
-        if rate is not None
-    }
-
-
-def markdown(rows: Sequence[harness.Row], interval: Callable[[Sequence[float]], tuple[float, float]]) -> str:
-    """Return the table of benchmarks/README.md.
-
-    Args:
-        rows: all there are.
-        interval: of the mean of some numbers, and half the width of its 95 % interval.
-    """
-    arms = chosen(rows)
-    if not arms:
-        return "Not measured yet: `python -m benchmarks.quality` writes the figures that stand here."
-    budget = min(last(row, "seconds") for found in arms.values() for row in found)
-    plain = {row["seed"]: last(row, "kl") for row in arms.get("supervised", [])}
-
-    def said(numbers: Sequence[float], shown: Callable[[float], str]) -> str:
-        mean, half = interval(numbers)
-        return f"{shown(mean)} ± {shown(half)}" if len(numbers) > 1 else shown(mean)
-
-    nats = "{:.4f}".format
-    heads = ["trained by", "rate", "seeds", "KL to the teacher (nats)", "less than supervised, pair by pair"]
-    heads += ["perplexity", "agreement", f"KL after {budget:.0f} s", "a step"]
-    lines = [f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
-    for arm, found in arms.items():
-        less = [plain[row["seed"]] - last(row, "kl") for row in found if row["seed"] in plain]
-        cells = [
-            arm,
-            format(found[0]["rate"], "g"),
-            str(len(found)),
-            said([last(row, "kl") for row in found], nats),
-            "–" if arm == "supervised" or not less else said(less, nats),
-            said([last(row, "perplexity") for row in found], "{:.3f}".format),
-            said([last(row, "agreement") for row in found], percent),
-            said([at_seconds(row, budget) for row in found], nats),
-            f"{statistics.median(last(row, 'seconds') / last(row, 'step') for row in found):.3f} s",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    row = next(iter(arms.values()))[-1]
-    teacher = f"The teacher's own perplexity is {last(row, 'teacher_perplexity'):.3f}."
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "![Held-out KL beside tokens and seconds](../docs/quality.svg)",
-            "",
-            f"{count(last(row, 'tokens'))} tokens of training each; mean over seeds with its 95 % interval (Student's "
-            f"t). {teacher} {harness.measured_on(row['environment'])}.",
-        ]
-    )
-
-
-def picture(rows: Sequence[harness.Row]) -> Figure:
-    """Return held-out KL beside tokens and beside seconds, a line an arm: the mean over its seeds."""
-    figure, arms = Figure(figsize=(11, 4.6), layout="constrained"), chosen(rows)
-    axes = figure.subplots(1, 2, sharey=True)
-    for n, (arm, found) in enumerate(arms.items()):
-        curve = np.mean([row["curve"] for row in found], axis=0)
-        style = "--" if ARMS[arm].engine else "-" if arm == "supervised" or "forward" in arm else ":"
-        for ax, name in zip(axes, ("tokens", "seconds"), strict=True):
-            x, y = (curve[1:, CURVE.index(column)] for column in (name, "kl"))
-            ax.plot(x, y, style, color=f"C{n}", lw=1.6, marker="o", ms=3, label=arm)
-    axes[0].set(ylabel="held-out KL to the teacher, nats a token", xlabel="tokens of training", yscale="log")
-    axes[1].set(xlabel="seconds of training", xscale="log")
-    axes[1].legend(frameon=False, fontsize="small")
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, which="both")
-    return figure
-
-
 def left(rows: Sequence[harness.Row], arms: Sequence[str], seeds: int, rates: int) -> Iterator[tuple[str, float, int]]:
     """Yield what is not measured yet: the rates of all arms with the first seed, then the other seeds at the best."""
-    done = {(row["arm"], row["rate"], row["seed"]) for row in rows}
+    done = {(row["arm"], row["rate"], row["seed"]) for row in curves(rows)}
     tried = [(arm, rate, 0) for rate in RATES[:rates] for arm in arms if (arm, rate, 0) not in done]
     if tried:
         yield from tried
         return
-    best = {arm: best_rate(rows, arm, rates) for arm in arms}
+    best = {arm: best_rate(rows, arm) for arm in arms}
     cases = ((arm, rate, seed) for seed in range(1, seeds) for arm, rate in best.items() if rate is not None)
     yield from (case for case in cases if case not in done)
 
@@ -324,25 +261,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale, seeds = (QUICK, 1) if options.quick else (Scale(), options.seeds)
     environment, arms = harness.environment(), list(options.arms)
     rows = harness.kept(options)
+
+    def tell(row: harness.Row) -> None:
+        rows.append(harness.tell(options, row, environment))
+        if not options.quick:
+            with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
+                picture(rows).savefig(options.picture, metadata={"Date": None})
+
     config = base(options.home / ("quick" if options.quick else "whole"), scale)
     while case := next(left(rows, arms, seeds, scale.rates), None):
         arm, rate, seed = case
-        taught = run_of(config, arm, rate, seed)
-        engine = ARMS[arm].engine
+        taught, engine = run_of(config, arm, rate, seed), ARMS[arm].engine
         try:
             curve = of_engine(engine, options.python, taught) if engine else of_kdjax(taught, options.home)
         except peers.NotRunning as error:
             print(f"{arm}: does not run here ({error})", file=sys.stderr, flush=True)
             arms.remove(arm)
             continue
-        told = {"arm": arm, "rate": rate, "seed": seed}
-        rows.append({"what": "quality", **told, "curve": curve, "environment": environment})
-        print(json.dumps(told | dict(zip(CURVE, curve[-1], strict=True))), flush=True)
-        if options.quick:
-            continue
-        harness.append(options.results, rows[-1:])
-        with matplotlib.rc_context({"svg.hashsalt": "kdjax"}):
-            picture(rows).savefig(options.picture, metadata={"Date": None})
+        tell({"what": "quality", "arm": arm, "rate": rate, "seed": seed, "curve": curve})
+    if {*arms} - {row["arm"] for row in rows if row["what"] == "pace"}:
+        try:
+            for row in paces(config, arms, options.python, scale.rounds):
+                tell(row)
+        except peers.NotRunning as error:
+            print(f"no steps are timed: an engine does not run here ({error})", file=sys.stderr, flush=True)
     return 0
 
 

@@ -39,7 +39,7 @@ from benchmarks import (
     pipeline,
     prompt_distill,
     prompts,
-    quality,
+    quality_table,
     runs,
     scaling,
     screening,
@@ -258,7 +258,7 @@ SCALING_BLOCKS: dict[str, Callable[[Path], str]] = {
 BENCHMARK_BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": lambda results: step.markdown(harness.read(results / "step.jsonl")),
     "peers": lambda results: peers.markdown(harness.read(results / "peers.jsonl")),
-    "quality": lambda results: quality.markdown(harness.read(results / "quality.jsonl"), interval),
+    "quality": lambda results: quality_table.markdown(harness.read(results / "quality.jsonl"), interval),
     "teacher": lambda results: teacher.markdown(harness.read(results / "teacher.jsonl")),
     "data": lambda results: data.markdown(harness.read(results / "data.jsonl")),
     "checkpoint": lambda results: checkpoint.markdown(harness.read(results / "checkpoint.jsonl")),

@@ -621,7 +621,9 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
     elif name == "tokenizers":
         assert found["arm"] == "ALM" and 0 < found["kl_after"] and 4 < found["ce_after"] < 7
     elif name == "quality":
-        assert found["arm"] == "forward KL, T = 1" and found["tokens"] == 2 * 8 * 256 and found["kl"] > 0
+        assert found["what"] == "pace" and found["arm"] == "forward KL, T = 1" and found["rounds"] == 2
+        _, (step, tokens, kl, *_) = json.loads(done.stdout.splitlines()[-2])["curve"]
+        assert (step, tokens) == (2, 2 * 8 * 256) and kl > 0
     elif name == "teacher":
         whole, half = found["rows"]
         assert whole["hidden_tokens_per_second"] > whole["whole_tokens_per_second"] > 0
