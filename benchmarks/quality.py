@@ -1,11 +1,11 @@
 """What a student is worth beside what it cost: supervised, distilled by kdjax, and distilled by TRL.
 
-COMMAND: python -m benchmarks.quality                  (about 2 hours on 2 CPU cores; run again to go on)
+COMMAND: python -m benchmarks.quality                  (about 3 hours on 2 CPU cores; run again to go on)
          python -m benchmarks.quality --arms supervised "forward KL, T = 1" --seeds 2       (a part of it)
 
 A teacher of bytes is trained first. All students then start from the same random weights and read the same rows in the
 same order; a seed is that of both. Every row is one document, so that no engine has to keep documents apart. Each arm
-is tried at the same three constant learning rates with the first seed, and trained with the other seeds at the one
+is tried at the same constant learning rates with the first seed, and trained with the other seeds at the one
 that ends with the lowest held-out KL to the teacher. TRL is `GKDTrainer`, off-policy, forward KL at temperature 1, a
 process of its own (benchmarks/engines); what its student is worth is measured as ours is. At last all arms take steps
 in turn: the median's seconds, times a student's steps, are how long it has trained. Rows, each with its curve, go to
@@ -51,7 +51,7 @@ PICTURE = harness.ROOT / "docs" / "quality.svg"
 TEACHER = ModelConfig(vocab_size=264, width=192, layers=4, heads=6, kv_heads=2, head_width=32, mlp_width=512)
 STUDENT = ModelConfig(vocab_size=264, width=96, layers=2, heads=3, kv_heads=1, head_width=32, mlp_width=256)
 LENGTH, ROWS, LOOKS = 256, 8, 8
-RATES = (3e-3, 1e-3, 1e-2)
+RATES = (3e-3, 1e-3, 1e-2, 3e-4)
 
 
 class Scale(NamedTuple):
