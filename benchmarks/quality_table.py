@@ -121,18 +121,19 @@ def _measured_on(rows: Sequence[harness.Row], row: harness.Row) -> str:
 
 
 def picture(rows: Sequence[harness.Row]) -> Figure:
-    """Return held-out KL beside tokens and beside seconds, a line an arm: the mean over its seeds."""
+    """Return held-out KL beside tokens and, where steps are timed, beside seconds; a line an arm, its seeds' mean."""
     figure, pace = Figure(figsize=(11, 4.6), layout="constrained"), paces(rows)
     axes = figure.subplots(1, 2, sharey=True)
     for n, (arm, found) in enumerate(chosen(rows).items()):
         curve = np.mean([row["curve"] for row in found], axis=0)[1:]
         of: Mapping[str, np.ndarray] = dict(zip(CURVE, curve.T, strict=True))
         style = "--" if arm.startswith("TRL") else ":" if "reverse" in arm else "-"
-        for ax, x in zip(axes, (of["tokens"], of["step"] * pace.get(arm, np.nan)), strict=True):
+        beside = [of["tokens"], *([of["step"] * pace[arm]] if arm in pace else [])]
+        for ax, x in zip(axes, beside, strict=False):
             ax.plot(x, of["kl"], style, color=f"C{n}", lw=1.6, marker="o", ms=3, label=arm)
     axes[0].set(ylabel="held-out KL to the teacher, nats a token", xlabel="tokens of training", yscale="log")
     axes[1].set(xlabel="seconds of training", xscale="log")
-    axes[1].legend(frameon=False, fontsize="small")
+    axes[0].legend(frameon=False, fontsize="small")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, which="both")

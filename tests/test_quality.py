@@ -70,6 +70,12 @@ def test_a_line_is_drawn_beside_tokens_and_beside_seconds():
     assert list(lines[1]["distilled"].get_ydata()) == pytest.approx([0.5, 0.2])
 
 
+def test_what_is_not_timed_is_drawn_beside_tokens_alone(tmp_path):
+    figure = quality_table.picture([row for row in ROWS if row["what"] == "quality"])
+    figure.savefig(tmp_path / "drawn.svg")
+    assert [len(ax.lines) for ax in figure.axes] == [2, 0] and (tmp_path / "drawn.svg").stat().st_size > 1000
+
+
 def test_other_seeds_wait_until_all_rates_are_tried():
     arms, rates = ["supervised", "distilled", "half tried"], len(quality.RATES)
     kept = [row(arm, rate, 0, 1.0, rate) for arm in arms for rate in quality.RATES]
