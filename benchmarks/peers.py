@@ -267,14 +267,13 @@ def row(config: Config, name: str, engine: Running, ours: Running | None, trials
 
 
 def markdown(rows: Sequence[harness.Row]) -> str:
-    """Return the tables of benchmarks/README.md: the newest of each engine, by what all had to do."""
+    """Return the tables of benchmarks/README.md: the newest of each engine, by what all had to do and on what."""
     if not rows:
         return "Not measured yet: `python -m benchmarks.peers` writes the figures that stand here."
-    jobs = {
-        (row["dtype"], row["batch_size"], row["sequence_length"], row["teacher"], row["student"]): [] for row in rows
-    }
+    jobs: dict[tuple[Any, ...], list[harness.Row]] = {}
     for row in rows:
-        jobs[row["dtype"], row["batch_size"], row["sequence_length"], row["teacher"], row["student"]].append(row)
+        job = tuple(row[name] for name in ("dtype", "batch_size", "sequence_length", "teacher", "student"))
+        jobs.setdefault((*job, harness.machine(row["environment"])), []).append(row)
     return "\n\n".join(_table(job, {row["engine"]: row for row in found}) for job, found in jobs.items())
 
 
@@ -297,7 +296,7 @@ def _table(job: tuple[Any, ...], rows: Mapping[str, harness.Row]) -> str:
             _same(row),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    dtype, batch, length, teacher, student = job
+    dtype, batch, length, teacher, student, _ = job
     last = ordered[-1]
     return "\n".join(
         [

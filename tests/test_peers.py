@@ -35,6 +35,9 @@ def test_an_engine_that_is_further_off_is_said_not_to_do_the_same_job():
     first, *_, near, far = [line for line in peers.markdown(rows).splitlines() if "1.0)" in line]
     assert first.startswith("| kdjax (kdjax 1.0) | 512.0 (512.0 to 512.0) | 510.0 | – | 2.00 × | 3.00 GB | –")
     assert "| 2.00 × | 4.00 × | 3.00 GB | 8e-04, 0e+00 |" in near and "not the same job: 4e-03" in far
+    elsewhere = [row | {"environment": row["environment"] | {"cpu_model": "another"}} for row in rows]
+    assert peers.markdown([*rows, *elsewhere]).count("| kdjax (kdjax 1.0) |") == 2, "each machine has a table"
+    assert peers.markdown([*rows, *rows]).count("| kdjax (kdjax 1.0) |") == 1, "the newest of each engine"
 
 
 @pytest.mark.slow
