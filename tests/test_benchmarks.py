@@ -622,7 +622,7 @@ def test_a_quick_form_ends_with_its_figures_and_keeps_nothing(name, flags, tmp_p
         assert found["arm"] == "ALM" and 0 < found["kl_after"] and 4 < found["ce_after"] < 7
     elif name == "quality":
         assert found["what"] == "pace" and found["arm"] == "forward KL, T = 1" and found["rounds"] == 2
-        _, (step, tokens, kl, *_) = json.loads(done.stdout.splitlines()[-2])["curve"]
+        step, tokens, kl, *_ = json.loads(done.stdout.splitlines()[-2])["curve"][-1]
         assert (step, tokens) == (2, 2 * 8 * 256) and kl > 0
     elif name == "teacher":
         whole, half = found["rows"]
