@@ -192,7 +192,7 @@ class Recorder:
     def add(self, rows: Sequence[Row]) -> None:
         """Append a case's rows and print them as a table."""
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        rows = [row | {"at": at, "load": os.getloadavg()[0], "environment": self.here} for row in rows]
+        rows = [row | {"at": at, "environment": self.here} for row in rows]
         self.rows.extend(rows)
         if self.path:
             harness.append(self.path, rows)

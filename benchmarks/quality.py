@@ -29,7 +29,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from benchmarks import harness, peers
+from benchmarks import harness, peers, quality_table
 from benchmarks.prompts import said
 from benchmarks.quality_table import FIGURES, best_rate, curves, picture
 from benchmarks.step import Training
@@ -279,9 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arms.remove(arm)
             continue
         tell({"what": "quality", "arm": arm, "rate": rate, "seed": seed, "curve": curve})
-    if {*arms} - {row["arm"] for row in rows if row["what"] == "pace"}:
+    trained = list(dict.fromkeys(row["arm"] for row in curves(rows)))
+    if {*trained} - quality_table.paces(rows).keys():
         try:
-            for row in paces(config, arms, options.python, scale.rounds):
+            for row in paces(config, trained, options.python, scale.rounds):
                 tell(row)
         except peers.NotRunning as error:
             print(f"no steps are timed: an engine does not run here ({error})", file=sys.stderr, flush=True)

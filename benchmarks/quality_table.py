@@ -30,10 +30,10 @@ def paces(rows: Sequence[harness.Row]) -> dict[str, float]:
     return {row["arm"]: row["seconds"] for row in rows if row["what"] == "pace"}
 
 
-def at_seconds(row: harness.Row, seconds: float, pace: float, name: str = "kl") -> float:
-    """Return a figure after so many seconds of training, between two looks on the straight line between them."""
+def at_seconds(row: harness.Row, seconds: float, pace: float) -> float:
+    """Return the KL after so many seconds of training, between two looks on the straight line between them."""
     curve = np.array(row["curve"])
-    return float(np.interp(seconds, pace * curve[:, CURVE.index("step")], curve[:, CURVE.index(name)]))
+    return float(np.interp(seconds, pace * curve[:, CURVE.index("step")], curve[:, CURVE.index("kl")]))
 
 
 def best_rate(rows: Sequence[harness.Row], arm: str) -> float | None:
